@@ -1,0 +1,1 @@
+"""cascade_aio: a tiered KV-cache store for LLM inference."""
