@@ -137,6 +137,13 @@ class Storage(Protocol):
 
     async def free_bytes(self, path: str) -> int: ...
 
+    async def register_memory(self, memory: memoryview) -> None:
+        """Announce memory that most transfers will use, so that the kernel may map it once.
+
+        Only a speed-up: never raises for a refusal, ``statistics()`` tells what came of it.
+        """
+        ...
+
     async def try_lock(self, path: str) -> Lock | None:
         """Create and lock ``path``; ``None`` if another process (or this one) holds it."""
         ...
