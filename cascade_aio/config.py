@@ -1,0 +1,298 @@
+"""Settings: sizes as people write them, one frozen ``StoreConfig``, and where its values come from.
+
+Inside the package a configuration is always a valid, frozen ``StoreConfig``: it cannot be built
+otherwise. At the edge ``load_config`` merges arguments, ``CASCADE_*`` variables and a TOML file, in
+this order, over the defaults; ``make_config`` takes arguments only. Both accept sizes as text.
+Errors name the key, where its value came from, and the cure.
+
+pydantic is imported inside ``load_config`` only: an embedded store that is configured by arguments
+never pays for it. This module must not know any tier, file or ring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import os
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from typing import Any, Literal
+
+from cascade_aio.errors import ConfigError
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+TIB = 1024 * GIB
+
+ALIGNMENT_BYTES = 4096
+"""Sizes on the data path are multiples of it (O_DIRECT on 4K-sector disks, pages)."""
+STRIPE_ALIGNMENT_BYTES = 64 * KIB
+"""Lustre takes stripe sizes in multiples of 64 KiB."""
+SIZE_BYTES_MAX = 1 << 62
+"""Larger than any medium; keeps sums of sizes within 64 bits."""
+SHM_BYTES_MIN = MIB
+ARENA_NAME_BYTES_MAX = 200
+"""Leaves room for a suffix within the 255 bytes that file systems take."""
+ENVIRONMENT_PREFIX = "CASCADE_"
+CONFIG_FILE_VARIABLE = "CASCADE_CONFIG"
+FOREIGN_VARIABLE_PREFIXES = ("CASCADE_TEST_", "CASCADE_BENCH_")
+"""Variables of the test suite and the benchmarks, not settings of a store."""
+
+_UNIT_BYTES = {
+    "": 1,
+    "b": 1,
+    **{prefix: 1024**power for power, prefix in enumerate("kmgtp", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", start=1)},
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", start=1)},
+}
+_SIZE_PATTERN = re.compile(r"\s*(\d+(?:_\d+)*(?:\.\d+)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+_SIZE_CURE = "write a size such as 67108864, '64MiB', '1.5 TiB' or '64 GB'"
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes named by ``size``: an int, or text such as ``"64GiB"``, ``"64 GB"`` (decimal), ``"512k"``.
+
+    One letter is binary (``k`` = 1024), ``…iB`` is binary, ``…B`` is decimal, as in GNU tools; case
+    does not matter. Fractions of a unit are allowed, fractions of a byte are cut off. Raises
+    ``ConfigError`` for anything else, also for negative sizes and bools.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise ConfigError(f"{size!r} is not a size; {_SIZE_CURE}")
+    if isinstance(size, str):
+        match = _SIZE_PATTERN.fullmatch(size)
+        unit_bytes = _UNIT_BYTES.get(match[2].lower()) if match else None
+        if match is None or unit_bytes is None:
+            raise ConfigError(f"{size[:80]!r} is not a size; {_SIZE_CURE}")
+        size = int(Decimal(match[1].replace("_", "")) * unit_bytes)
+    if not 0 <= size <= SIZE_BYTES_MAX:
+        raise ConfigError(f"a size must be between 0 and 2**62 bytes, not {size}; {_SIZE_CURE}")
+    return size
+
+
+def format_size(size_bytes: int) -> str:
+    """``size_bytes`` in the largest binary unit that keeps it at 1 or above, such as ``"1.5 GiB"``."""
+    for unit, unit_bytes in (("PiB", 1024 * TIB), ("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(size_bytes) >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return f"{size_bytes} B"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """All settings of one embedded store; building one validates it (``ConfigError`` names the key)."""
+
+    root: str
+    """Directory of the segment files; may be shared between processes and nodes."""
+    shm_bytes: int = GIB
+    """Size of the arena, reserved at open."""
+    disk_bytes: int | None = None
+    """Budget of the segment files; ``None``: what the file system has free, less a reserve."""
+    arena: str | None = None
+    """Name of the arena file in ``shm_dir``; ``None``: derived from user and root, see ``arena_name``."""
+    shm_dir: str = "/dev/shm"
+    io_backend: Literal["auto", "uring", "threads"] = "auto"
+    """``auto`` falls back to threads and says so; ``uring`` fails at open where it is not available."""
+    digest: Literal["sha256", "blake3"] = "sha256"
+    """What block ids are made of; fixed for a root once it has blocks."""
+    segment_bytes: int = GIB
+    """A segment file is sealed when it has grown to this."""
+    request_bytes_max: int = 4 * MIB
+    """Larger reads and writes are split into requests of at most this size."""
+    requests_in_flight_max: int = 64
+    bytes_in_flight_max: int = 128 * MIB
+    tail_bytes_max: int = 64 * MIB
+    """Write-behind is started when so much is unwritten …"""
+    tail_seconds_max: float = 1.0
+    """… or has been for so long."""
+    put_wait_seconds_max: float = 30.0
+    """How long a put or get waits for arena room before ``TierFullError``."""
+    read_seconds_max: float | None = None
+    """Deadline of a disk read; a late block is a miss. ``None``: no deadline."""
+    workers: int | None = None
+    """Threads that copy, digest and checksum; ``None``: the CPUs this process may use."""
+    stripe_count: int = 16
+    """Lustre stripes of new segment files; -1: all targets."""
+    stripe_bytes: int = 4 * MIB
+    stripe: Literal["auto", "off"] = "auto"
+    checkpoint_seconds: float = 300.0
+    """Pause between index checkpoints (they only speed up opening)."""
+    may_lose_unflushed: bool = False
+    """Evict unwritten blocks from the arena without writing them."""
+    register_buffers: bool = True
+    """Register the arena with io_uring where the memlock limit allows."""
+
+    def __post_init__(self) -> None:
+        validate_config(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Range:
+    """Allowed values of a number: ``minimum <= n <= maximum``, and a multiple of ``multiple``."""
+
+    minimum: float
+    maximum: float
+    multiple: int = 1
+    optional: bool = False
+    size: bool = False
+    unit: str = ""
+
+
+_RANGES = {
+    "shm_bytes": _Range(SHM_BYTES_MIN, SIZE_BYTES_MAX, ALIGNMENT_BYTES, size=True),
+    "disk_bytes": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),
+    "segment_bytes": _Range(MIB, 64 * GIB, ALIGNMENT_BYTES, size=True),
+    "request_bytes_max": _Range(ALIGNMENT_BYTES, GIB, ALIGNMENT_BYTES, size=True),
+    "requests_in_flight_max": _Range(1, 4096),
+    "bytes_in_flight_max": _Range(ALIGNMENT_BYTES, SIZE_BYTES_MAX, size=True),
+    "tail_bytes_max": _Range(0, SIZE_BYTES_MAX, size=True),
+    "tail_seconds_max": _Range(0, 3600, unit=" seconds"),
+    "put_wait_seconds_max": _Range(0, 86400, unit=" seconds"),
+    "read_seconds_max": _Range(0.001, 86400, optional=True, unit=" seconds"),
+    "workers": _Range(1, 256, optional=True),
+    "stripe_count": _Range(-1, 2000),
+    "stripe_bytes": _Range(STRIPE_ALIGNMENT_BYTES, 4 * GIB - STRIPE_ALIGNMENT_BYTES, STRIPE_ALIGNMENT_BYTES, size=True),
+    "checkpoint_seconds": _Range(0.1, 30 * 86400, unit=" seconds"),
+}
+_CHOICES = {
+    name: typing.get_args(hint)
+    for name, hint in typing.get_type_hints(StoreConfig).items()
+    if typing.get_origin(hint) is Literal
+}
+SWITCHES = ("may_lose_unflushed", "register_buffers")
+CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(StoreConfig))
+
+
+def validate_config(config: StoreConfig) -> None:
+    """Raise ``ConfigError`` for the first key whose value cannot work, with what to write instead.
+
+    Every message starts with ``key=``.
+    """
+    for name in ("root", "shm_dir"):
+        path = getattr(config, name)
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise ConfigError(f"{name}={path!r} must be the path of a directory")
+    if not os.path.isabs(config.shm_dir):
+        raise ConfigError(f"shm_dir={config.shm_dir!r} must be an absolute path, usually /dev/shm")
+    _validate_arena(config.arena)
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ConfigError(f"{name}={getattr(config, name)!r} is unknown; use one of {', '.join(allowed)}")
+    for name in SWITCHES:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name}={getattr(config, name)!r} must be true or false")
+    for name, limits in _RANGES.items():
+        _validate_number(name, getattr(config, name), limits)
+    if config.stripe_count == 0:
+        raise ConfigError("stripe_count=0 must be at least 1, or -1 for all targets; stripe='off' leaves files plain")
+    if config.bytes_in_flight_max < config.request_bytes_max:
+        raise ConfigError(
+            f"bytes_in_flight_max={config.bytes_in_flight_max} must be at least "
+            f"request_bytes_max={config.request_bytes_max}; raise the one or lower the other"
+        )
+
+
+def _validate_arena(name: str | None) -> None:
+    if name is None:
+        return
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ConfigError(f"arena={name!r} must be a file name without slashes; shm_dir sets its directory")
+    if len(os.fsencode(name)) > ARENA_NAME_BYTES_MAX:
+        raise ConfigError(f"arena={name[:40]!r}… is longer than {ARENA_NAME_BYTES_MAX} bytes; choose a shorter name")
+
+
+def _validate_number(name: str, number: Any, limits: _Range) -> None:
+    if number is None and limits.optional:
+        return
+    kinds = (int, float) if limits.unit else (int,)
+    if isinstance(number, bool) or not isinstance(number, kinds):
+        what = "a number of seconds" if limits.unit else "a whole number"
+        raise ConfigError(f"{name}={number!r} must be {what}")
+    if not (math.isfinite(number) and limits.minimum <= number <= limits.maximum):
+        if limits.size:
+            least, most = format_size(int(limits.minimum)), format_size(int(limits.maximum))
+        else:
+            least, most = f"{limits.minimum:g}", f"{limits.maximum:g}"
+        raise ConfigError(f"{name}={number} must be between {least} and {most}{limits.unit}")
+    if number % limits.multiple:
+        nearest = max(int(limits.minimum), int(number) // limits.multiple * limits.multiple)
+        raise ConfigError(f"{name}={number} must be a multiple of {limits.multiple}; use {nearest}")
+
+
+def coerce_setting(name: str, setting: Any) -> Any:
+    """Text to what ``StoreConfig`` wants, where text is allowed; everything else unchanged.
+
+    A size in text is rounded down to the alignment of its key ("1 GB" is no multiple of a page);
+    an int must be exact.
+    """
+    limits = _RANGES.get(name)
+    if isinstance(setting, os.PathLike):
+        return os.fspath(setting)
+    if limits is None or not isinstance(setting, str):
+        return setting
+    if limits.optional and setting.strip().lower() == "none":
+        return None
+    if limits.size:
+        size = parse_size(setting)
+        return size - size % limits.multiple
+    try:
+        return float(setting) if limits.unit else int(setting)
+    except ValueError:
+        return setting
+
+
+def check_keys(keys: Iterable[str], source: str) -> None:
+    """Raise ``ConfigError`` for the first of ``keys`` that is no setting, with the nearest that is one."""
+    for key in keys:
+        if key not in CONFIG_KEYS:
+            close = difflib.get_close_matches(key, CONFIG_KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(CONFIG_KEYS)}"
+            raise ConfigError(f"{source}: {key} is no setting; {hint}")
+
+
+def make_config(root: str | os.PathLike[str], **options: Any) -> StoreConfig:
+    """A configuration from arguments alone; sizes may be text. Raises ``ConfigError`` for a wrong one."""
+    check_keys(options, "arguments")
+    values: dict[str, Any] = {"root": root, **options}
+    for key, setting in values.items():
+        try:
+            values[key] = coerce_setting(key, setting)
+        except ConfigError as error:
+            raise ConfigError(f"{key}={setting!r}: {error}") from None
+    return StoreConfig(**values)
+
+
+def load_config(
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    config_file: str | os.PathLike[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> StoreConfig:
+    """The configuration from ``arguments``, then ``CASCADE_*`` variables, a TOML file, the defaults.
+
+    An argument that is ``None`` counts as not given. The file is ``config_file`` or the one that
+    ``CASCADE_CONFIG`` names; its keys are the fields of ``StoreConfig`` at top level. ``environment``
+    defaults to ``os.environ``. Raises ``ConfigError`` naming key, source and allowed values. Blocks
+    while it reads the file.
+    """
+    from cascade_aio._settings import merge_sources  # pydantic is slow to import and not always needed
+
+    variables = os.environ if environment is None else environment
+    given = {key: setting for key, setting in (arguments or {}).items() if setting is not None}
+    path = config_file if config_file is not None else variables.get(CONFIG_FILE_VARIABLE) or None
+    return merge_sources(given, variables, None if path is None else os.fspath(path))
+
+
+def arena_name(config: StoreConfig) -> str:
+    """Name of the arena file in ``config.shm_dir``: the configured one, or one per user and root.
+
+    Two spellings of one root (relative, through a link) give one name.
+    """
+    if config.arena is not None:
+        return config.arena
+    identity = hashlib.sha256(os.fsencode(os.path.realpath(config.root))).hexdigest()
+    return f"cascade-{os.getuid()}-{identity[:16]}"
