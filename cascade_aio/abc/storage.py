@@ -191,9 +191,9 @@ class ByteEngine(Protocol):
         ...
 
     async def digest(
-        self, payload: memoryview, key_bytes: int, value_offset: int, chunk_bytes: int, digest: str
+        self, payload: memoryview, key_bytes: int, value_offset: int, value_bytes: int, chunk_bytes: int, digest: str
     ) -> Ingested:
-        """The same for bytes that are in place already (``reserve``); zeroes the gap."""
+        """The same for bytes that are in place already (``reserve``); zeroes the gap and the padding."""
         ...
 
     async def checksum(self, payload: memoryview, chunk_bytes: int) -> tuple[int, ...]:
