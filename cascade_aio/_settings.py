@@ -62,7 +62,9 @@ class _Environment(EnvSettingsSource):
         return self._variables
 
 
-def merge_sources(arguments: Mapping[str, Any], variables: Mapping[str, str], path: str | None) -> StoreConfig:
+def merge_sources(
+    arguments: Mapping[str, Any], variables: Mapping[str, str], path: str | None, default_root: str | None
+) -> StoreConfig:
     """See ``config.load_config``; ``path`` names the TOML file, ``None`` for no file."""
     check_keys(arguments, "arguments")
     sources: dict[str, PydanticBaseSettingsSource] = {
@@ -91,6 +93,8 @@ def merge_sources(arguments: Mapping[str, Any], variables: Mapping[str, str], pa
         reason = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{origins.get(key, 'settings')}: {key}={first['input']!r}: {reason}") from None
     values = {key: getattr(settings, key) for key in settings.model_fields_set}
+    if default_root is not None:
+        values.setdefault("root", default_root)
     if "root" not in values:
         raise ConfigError("root is not set; give it as an argument, CASCADE_ROOT or root in the configuration file")
     try:

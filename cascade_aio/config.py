@@ -271,12 +271,13 @@ def load_config(
     *,
     config_file: str | os.PathLike[str] | None = None,
     environment: Mapping[str, str] | None = None,
+    default_root: str | None = None,
 ) -> StoreConfig:
     """The configuration from ``arguments``, then ``CASCADE_*`` variables, a TOML file, the defaults.
 
     An argument that is ``None`` counts as not given. The file is ``config_file`` or the one that
     ``CASCADE_CONFIG`` names; its keys are the fields of ``StoreConfig`` at top level. ``environment``
-    defaults to ``os.environ``. Raises ``ConfigError`` naming key, source and allowed values. Blocks
+    defaults to ``os.environ``; ``default_root`` is used where no source names a root. Raises ``ConfigError`` naming key, source and allowed values. Blocks
     while it reads the file.
     """
     from cascade_aio._settings import merge_sources  # pydantic is slow to import and not always needed
@@ -284,7 +285,7 @@ def load_config(
     variables = os.environ if environment is None else environment
     given = {key: setting for key, setting in (arguments or {}).items() if setting is not None}
     path = config_file if config_file is not None else variables.get(CONFIG_FILE_VARIABLE) or None
-    return merge_sources(given, variables, None if path is None else os.fspath(path))
+    return merge_sources(given, variables, None if path is None else os.fspath(path), default_root)
 
 
 def arena_name(config: StoreConfig) -> str:

@@ -1,0 +1,20 @@
+"""The typer application: which commands there are."""
+
+from __future__ import annotations
+
+import typer
+
+from cascade_aio.cli.blocks import get, ls, put
+from cascade_aio.cli.demo import demo
+from cascade_aio.cli.doctor import doctor
+from cascade_aio.cli.inspection import stat, verify, version
+
+app = typer.Typer(
+    name="cascade-aio",
+    help="A tiered KV-cache store for LLM inference: shared memory above disk, io_uring beneath.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, put, get, ls, stat, verify, doctor, version):
+    app.command()(command)

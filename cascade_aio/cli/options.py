@@ -1,0 +1,143 @@
+"""Store settings as command-line options, made from ``StoreConfig`` so that they cannot drift from it.
+
+``store_command`` adds ``--root``, ``--config`` and one option per setting to a function and hands it
+the merged ``StoreConfig``. Commands that only look at a root for a moment use ``private_arena``:
+they take a small arena of their own, so that they work beside a running owner of the shared one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cascade_aio.cli.output import UsageError
+from cascade_aio.config import ALIGNMENT_BYTES, CONFIG_KEYS, MIB, SHM_BYTES_MIN, SWITCHES, StoreConfig, load_config
+from cascade_aio.errors import ConfigError
+
+SETTING_HELP = {
+    "root": "Directory of the segment files.",
+    "shm_bytes": "Size of the arena, such as 64GiB.",
+    "disk_bytes": "Budget of the segment files, such as 1TiB; none: what is free.",
+    "arena": "Name of the arena file; a command that needs one only for a moment makes its own.",
+    "shm_dir": "Directory of the arena file.",
+    "io_backend": "auto, uring or threads.",
+    "digest": "sha256 or blake3: what block ids are made of.",
+    "segment_bytes": "Size at which a segment file is sealed.",
+    "request_bytes_max": "Largest single read or write.",
+    "requests_in_flight_max": "Bound of I/O requests in flight.",
+    "bytes_in_flight_max": "Bound of I/O bytes in flight.",
+    "tail_bytes_max": "Unwritten bytes that start the writer.",
+    "tail_seconds_max": "Age of unwritten bytes that starts the writer.",
+    "put_wait_seconds_max": "How long to wait for arena room.",
+    "read_seconds_max": "Deadline of a disk read; none: no deadline.",
+    "workers": "Threads that copy and hash; none: all usable CPUs.",
+    "stripe_count": "Lustre stripes of new files; -1: all targets.",
+    "stripe_bytes": "Lustre stripe size.",
+    "stripe": "auto or off.",
+    "checkpoint_seconds": "Pause between index checkpoints.",
+    "may_lose_unflushed": "Evict unwritten blocks without writing them.",
+    "register_buffers": "Register the arena with io_uring.",
+}
+_COMMON = ("root", "shm_bytes", "disk_bytes", "io_backend", "digest")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def _parameters() -> list[inspect.Parameter]:
+    config_file = Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="TOML file of settings.", show_default=False)
+    ]
+    made = [_keyword("config", config_file)]
+    for key in CONFIG_KEYS:
+        panel = None if key in _COMMON else "More settings"
+        flag = f"--{key.replace('_', '-')}"
+        kind: Any = bool | None if key in SWITCHES else str | None
+        names = f"{flag}/--no-{flag[2:]}" if key in SWITCHES else flag
+        option = typer.Option(names, help=SETTING_HELP[key], show_default=False, rich_help_panel=panel)
+        made.append(_keyword(key, Annotated[kind, option]))
+    return made
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def store_command(function: Callable[..., None]) -> Callable[..., None]:
+    """``function(settings, …)`` as a command with the store's options; ``settings`` is a ``Settings``."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "settings"]
+    added = _parameters()
+
+    @functools.wraps(function)
+    def command(**arguments: Any) -> None:
+        config_file = arguments.pop("config")
+        given = {key: arguments.pop(key) for key in CONFIG_KEYS}
+        function(Settings(given, config_file), **arguments)
+
+    signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + added)
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    return command
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the command line said; nothing is read or checked before ``config``."""
+
+    given: dict[str, str | bool | None]
+    config_file: Path | None
+
+    def config(self, root: Path | str | None = None, *, default_root: str | None = None) -> StoreConfig:
+        """Merge with variables and file; ``root`` is a positional one, ``default_root`` for when nobody gives one.
+
+        Raises ``UsageError``.
+        """
+        given = dict(self.given)
+        if root is not None:
+            if given["root"] is not None:
+                raise UsageError(f"root is given twice: {root} and --root {given['root']}; give it once")
+            given["root"] = os.fspath(root)
+        try:
+            return load_config(given, config_file=self.config_file, default_root=default_root)
+        except ConfigError as error:
+            raise UsageError(str(error)) from None
+
+    @contextlib.contextmanager
+    def private_arena(
+        self, root: Path | str | None, shm_bytes: int, *, must_exist: bool = True
+    ) -> Iterator[StoreConfig]:
+        """A configuration with an arena of this process alone, removed on leaving the scope.
+
+        The arena has ``shm_bytes``, or what ``--shm-bytes`` says (a variable or file that sizes the
+        shared arena does not count). With ``--arena`` the configuration is used as it is.
+        """
+        config = self.config(root)
+        if must_exist and not os.path.isdir(config.root):
+            raise UsageError(f"root {config.root} is not a directory; 'cascade-aio put' makes one")
+        if self.given["arena"] is not None:
+            yield config
+            return
+        name = f"cascade-cli-{os.getuid()}-{os.getpid()}"
+        size = config.shm_bytes if self.given["shm_bytes"] is not None else shm_bytes
+        try:
+            yield dataclasses.replace(config, arena=name, shm_bytes=size)
+        finally:
+            remove_arena(config.shm_dir, name)
+
+
+def remove_arena(shm_dir: str, name: str) -> None:
+    """Remove an arena file of ours; no error if the store has done so."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(shm_dir, name))
+
+
+def arena_bytes_for(block_bytes: int, *, copies: int = 2) -> int:
+    """An arena that holds ``copies`` blocks of ``block_bytes`` with their headers."""
+    return max(SHM_BYTES_MIN, copies * (-(-block_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + MIB))
