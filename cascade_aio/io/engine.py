@@ -1,0 +1,375 @@
+"""The queue of I/O that both backends share: cutting, order of service, bounds, cancellation, drain.
+
+``TransferEngine`` decides which request goes to the device next and what its answer means; a
+subclass only carries requests there (``_launch``, ``_push``), asks it to give one up
+(``_interrupt``) and brings answers back (``_complete``).
+
+Invariants: everything runs on the loop's thread; requests and bytes in flight never exceed
+``EngineLimits`` (one request is always allowed); futures are resolved after all answers of a batch
+are taken; requests made in one loop turn go to the device together. Must not know paths of a store,
+segments or blocks.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import dataclasses
+import errno
+from collections.abc import Iterable, Sequence
+
+from cascade_aio.abc.storage import PAGE_BYTES, Priority
+from cascade_aio.errors import ClosedError, ConfigError
+from cascade_aio.io.errors import os_error
+from cascade_aio.io.schedule import IN_FLIGHT_PARTS, ServiceQueues
+from cascade_aio.io.transfer import IOVECS_MAX, RESTARTS_MAX, Kind, Locator, OpenFile, Request, Transfer, gather
+
+_RETRIED = (-errno.EINTR, -errno.EAGAIN)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bounds of one engine. Sizes in bytes, multiples of ``PAGE_BYTES``."""
+
+    request_bytes_max: int = 4 << 20
+    requests_in_flight_max: int = 64
+    bytes_in_flight_max: int = 128 << 20
+    turn_bytes_max: int = 16 << 20
+    """Bytes handed to the device in one loop turn: what keeps the turn below a millisecond."""
+
+    def __post_init__(self) -> None:
+        for name in ("request_bytes_max", "bytes_in_flight_max", "turn_bytes_max"):
+            value = getattr(self, name)
+            if value < PAGE_BYTES or value % PAGE_BYTES:
+                raise ConfigError(f"{name}={value} must be a positive multiple of {PAGE_BYTES}")
+        if self.requests_in_flight_max < 1:
+            raise ConfigError(f"requests_in_flight_max={self.requests_in_flight_max} must be at least 1")
+
+
+class TransferEngine(abc.ABC):
+    """Reads, writes and syncs of open files, awaited one by one. See the module's docstring."""
+
+    backend = ""
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._queues: ServiceQueues[Transfer] = ServiceQueues()
+        self._again: list[Request] = []  # ended without finishing: short, interrupted
+        self._in_flight: dict[int, Request] = {}
+        self._transfers: set[Transfer] = set()
+        self._class_requests = [0 for _ in Priority]
+        self._class_bytes = [0 for _ in Priority]
+        self._bytes_in_flight = 0
+        self._token = 0
+        self._flush_scheduled = False
+        self._drained: asyncio.Event = asyncio.Event()
+        self._closing = False
+        self._closed = False
+        self._iovecs_max = IOVECS_MAX
+        self._locate: Locator | None = None
+        self._counts = dict.fromkeys(
+            ("transfers", "requests", "bytes", "batches", "resumed", "retried", "cancelled", "failed", "timed_out"), 0
+        )
+        self._requests_in_flight_seen = 0
+
+    # -- what callers use
+
+    async def read(
+        self,
+        file: OpenFile,
+        buffers: Sequence[memoryview],
+        offset: int,
+        *,
+        priority: Priority = Priority.DEMAND,
+        deadline_s: float | None = None,
+    ) -> int:
+        """Fill ``buffers`` from ``offset``; bytes read, less only at the end of the file.
+
+        Raises ``OSError``, ``TimeoutError``, ``ClosedError``, ``ValueError`` (read-only buffer). Cancellation
+        waits until the device has given the buffers back.
+        """
+        return await self._run(Kind.READ, file, buffers, offset, priority, deadline_s)
+
+    async def write(
+        self,
+        file: OpenFile,
+        buffers: Sequence[memoryview],
+        offset: int,
+        *,
+        priority: Priority = Priority.WRITE,
+        deadline_s: float | None = None,
+    ) -> int:
+        """Write all of ``buffers`` at ``offset``; bytes written. Errors and cancellation as in ``read``."""
+        return await self._run(Kind.WRITE, file, buffers, offset, priority, deadline_s)
+
+    async def sync(self, file: OpenFile) -> None:
+        """fdatasync. Served like a demand read: somebody waits for it."""
+        await self._run(Kind.SYNC, file, (), 0, Priority.DEMAND, None)
+
+    async def aclose(self) -> None:
+        """Refuse new transfers, wait for all that were started, free everything. May be repeated."""
+        self._closing = True
+        cancelled: asyncio.CancelledError | None = None
+        while self._transfers:
+            self._drained.clear()
+            try:
+                await self._drained.wait()
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if not self._closed:
+            self._closed = True
+            await self._release()
+        if cancelled is not None:
+            raise cancelled
+
+    def statistics(self) -> dict[str, object]:
+        """Counters since opening; ``requests_in_flight``, ``bytes_in_flight`` and ``queued`` are of now."""
+        batches = self._counts["batches"]
+        return {
+            "backend": self.backend,
+            **self._counts,
+            "requests_per_batch": round(self._counts["requests"] / batches, 2) if batches else 0.0,
+            "requests_in_flight": len(self._in_flight),
+            "requests_in_flight_seen": self._requests_in_flight_seen,
+            "bytes_in_flight": self._bytes_in_flight,
+            "queued": len(self._queues),
+            "request_bytes_max": self.limits.request_bytes_max,
+            "requests_in_flight_max": self.limits.requests_in_flight_max,
+            "bytes_in_flight_max": self.limits.bytes_in_flight_max,
+        }
+
+    # -- what a backend provides
+
+    @abc.abstractmethod
+    def _launch(self, request: Request) -> None:
+        """Prepare ``request`` for the device; must not fail."""
+
+    @abc.abstractmethod
+    def _push(self) -> None:
+        """Hand over everything launched in this turn."""
+
+    @abc.abstractmethod
+    def _interrupt(self, request: Request) -> None:
+        """Ask the device to give ``request`` up, if it can; its answer comes all the same."""
+
+    @abc.abstractmethod
+    async def _release(self) -> None:
+        """Free the device's side; nothing is in flight."""
+
+    # -- the life of a transfer
+
+    def _refuses(self) -> bool:
+        """Whether ``aclose`` was called."""
+        return self._closing
+
+    async def _run(
+        self,
+        kind: Kind,
+        file: OpenFile,
+        buffers: Sequence[memoryview],
+        offset: int,
+        priority: Priority,
+        deadline_s: float | None,
+    ) -> int:
+        if self._closing:
+            raise ClosedError(f"the I/O engine is closed; {file.path} cannot be used any more")
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError("this I/O engine belongs to another event loop; open one in the loop that uses it")
+        spans = [] if kind is Kind.SYNC else gather(file, kind, buffers, offset)
+        transfer = Transfer(self._loop, kind, file, spans, offset, priority)
+        if not transfer.uncut:
+            return 0
+        self._counts["transfers"] += 1
+        self._transfers.add(transfer)
+        self._queues.push(priority, transfer)
+        if deadline_s is not None:
+            transfer.deadline = self._loop.call_later(max(0.0, deadline_s), self._expire, transfer)
+        self._schedule_flush()
+        await transfer.wait(self._cancel)
+        return transfer.outcome()
+
+    def _cancel(self, transfer: Transfer) -> None:
+        self._counts["cancelled"] += 1
+        self._stop(transfer)
+
+    def _expire(self, transfer: Transfer) -> None:
+        if not transfer.finished:
+            self._counts["timed_out"] += 1
+            transfer.timed_out = True
+            self._stop(transfer)
+
+    def _stop(self, transfer: Transfer) -> None:
+        """Cut no more; ask the device for what it has; finish at once if that is nothing."""
+        transfer.stopped = True
+        if not transfer.in_flight:
+            self._finish((transfer,))
+            return
+        for request in transfer.requests:
+            if not request.interrupted:
+                request.interrupted = True
+                self._interrupt(request)
+        self._schedule_flush()
+
+    def _finish(self, transfers: Iterable[Transfer]) -> None:
+        for transfer in transfers:
+            if not transfer.finished:
+                self._transfers.discard(transfer)
+                transfer.finish()
+        if not self._transfers:
+            self._drained.set()
+
+    # -- to the device
+
+    def _schedule_flush(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Once per loop turn: launch what the bounds allow and hand it over together."""
+        self._flush_scheduled = False
+        if self._closed:
+            return
+        budget = self.limits.turn_bytes_max
+        again, self._again = self._again, []
+        finished: list[Transfer] = []
+        for request in again:
+            if request.transfer.stopped:
+                self._end(request, finished)
+            else:
+                self._launch(request)
+                budget -= request.nbytes
+        while budget > 0:
+            fresh = self._next_request()
+            if fresh is None:
+                break
+            self._counts["requests"] += 1
+            self._launch(fresh)
+            budget -= fresh.nbytes
+        self._requests_in_flight_seen = max(self._requests_in_flight_seen, len(self._in_flight))
+        self._push()
+        if budget <= 0 and len(self._queues):
+            self._schedule_flush()
+        self._finish(finished)
+
+    def _next_request(self) -> Request | None:
+        if len(self._in_flight) >= self.limits.requests_in_flight_max:
+            return None
+        queues = self._queues
+        blocked: list[Priority] = []
+        while (priority := queues.choose(blocked)) is not None:
+            transfer = queues.head(priority)
+            if not transfer.uncut:  # stopped while it waited
+                queues.pop(priority)
+                continue
+            if not self._has_room(priority, transfer.next_bytes_max(self.limits.request_bytes_max)):
+                blocked.append(priority)
+                continue
+            self._token += 1
+            request = transfer.cut(self._token, self.limits.request_bytes_max, self._iovecs_max, self._locate)
+            self._in_flight[request.token] = request
+            self._account(priority, 1, request.nbytes)
+            queues.charge(priority, request.nbytes)
+            if not transfer.uncut:
+                queues.pop(priority)
+            return request
+        return None
+
+    def _has_room(self, priority: Priority, nbytes: int) -> bool:
+        """Within the bounds of all and of the class. A class with nothing in flight may always start one request,
+        as far as the bounds of all allow; an idle engine takes a request of any size."""
+        limits = self.limits
+        if self._in_flight and self._bytes_in_flight + nbytes > limits.bytes_in_flight_max:
+            return False
+        requests = self._class_requests[priority]
+        if requests == 0:
+            return True
+        part = IN_FLIGHT_PARTS[priority]
+        return (
+            requests < part * limits.requests_in_flight_max
+            and self._class_bytes[priority] + nbytes <= part * limits.bytes_in_flight_max
+        )
+
+    def _account(self, priority: Priority, requests: int, nbytes: int) -> None:
+        self._class_requests[priority] += requests
+        self._class_bytes[priority] += nbytes
+        self._bytes_in_flight += nbytes
+
+    # -- from the device
+
+    def _complete(self, answers: Iterable[tuple[int, int]]) -> None:
+        """Take answers ``(token, bytes or -errno)``; then wake the waiters; then refill the device."""
+        finished: list[Transfer] = []
+        for token, result in answers:
+            request = self._in_flight[token]
+            if not self._continues(request, result):
+                self._end(request, finished)
+        self._finish(finished)
+        if len(self._queues) or self._again:
+            self._schedule_flush()  # after the waiters' turn, so that their next requests join the batch
+
+    def _end(self, request: Request, finished: list[Transfer]) -> None:
+        del self._in_flight[request.token]
+        transfer = request.transfer
+        self._account(transfer.priority, -1, -request.nbytes)
+        if transfer.ended(request):
+            finished.append(transfer)
+
+    def _continues(self, request: Request, result: int) -> bool:
+        """Judge one answer; ``True`` if the request goes to the device again."""
+        transfer = request.transfer
+        if transfer.stopped:
+            if result > 0:
+                self._counts["bytes"] += result
+            return False
+        if result == request.nbytes:
+            self._counts["bytes"] += result
+            return False
+        if result < 0:
+            if result in _RETRIED and self._retry(request):
+                return True
+            self._fail(transfer, -result)
+            return False
+        return self._resume(request, result)
+
+    def _resume(self, request: Request, moved: int) -> bool:
+        """A short transfer: the end of the file, or go on behind what was moved."""
+        transfer = request.transfer
+        if transfer.kind is Kind.READ and (moved == 0 or (transfer.file.direct and moved % PAGE_BYTES)):
+            self._counts["bytes"] += moved
+            transfer.meet_end_of_file(request.offset + moved)
+            return False
+        if transfer.file.direct:
+            moved -= moved % PAGE_BYTES  # the last, partial page is written again
+        if moved == 0:
+            if self._retry(request):
+                return True
+            self._fail(transfer, errno.EIO)
+            return False
+        self._counts["bytes"] += moved
+        self._counts["resumed"] += 1
+        self._account(transfer.priority, 0, -moved)
+        request.advance(moved)
+        request.restarts = 0
+        self._again.append(request)
+        return True
+
+    def _retry(self, request: Request) -> bool:
+        request.restarts += 1
+        if request.restarts > RESTARTS_MAX:
+            return False
+        self._counts["retried"] += 1
+        self._again.append(request)
+        return True
+
+    def _fail(self, transfer: Transfer, code: int) -> None:
+        """The first failure decides; other requests of the transfer are given up and awaited."""
+        self._counts["failed"] += 1
+        transfer.failure = os_error(code, transfer.describe(), transfer.file.path)
+        transfer.stopped = True
+        for request in transfer.requests:
+            if not request.interrupted:
+                request.interrupted = True
+                self._interrupt(request)
+        self._schedule_flush()
