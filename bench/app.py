@@ -1,0 +1,79 @@
+"""The command line: ``python -m bench run`` and ``python -m bench table``."""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench import results, runner, table
+from bench.machine import REPOSITORY
+from bench.results import BenchError
+from bench.scale import FULL, QUICK, REPEATS_MIN
+
+RESULTS = REPOSITORY / "bench" / "results"
+SEED = 20_240_229
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    figures: Annotated[str, typer.Option(help="Families to measure, separated by commas; default: all.")] = "",
+    directory: Annotated[
+        pathlib.Path, typer.Option("--dir", help="Where to measure; a scratch folder in it is removed at the end.")
+    ] = pathlib.Path(),
+    out: Annotated[pathlib.Path | None, typer.Option(help="Result file; default: engine-<date>.json.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Repetitions of each side of a pair; 5 or more.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all block bytes.")] = SEED,
+    io_backend: Annotated[str, typer.Option(help="auto, uring or threads.")] = "auto",
+    quick: Annotated[bool, typer.Option(help="A few MiB, for tests: numbers mean nothing; needs --out.")] = False,
+) -> None:
+    """Measure, next to each other, the store and the limits of the machine; goes on where it was stopped."""
+    console = Console(stderr=True)
+    scale = QUICK if quick else FULL
+    try:
+        if quick and out is None:
+            raise BenchError("--quick needs --out: its numbers do not belong beside real ones")
+        if not quick and repeats is not None and repeats < REPEATS_MIN:
+            raise BenchError(f"--repeats {repeats} is below {REPEATS_MIN}: a median of fewer says nothing")
+        runner.run(
+            out=out or RESULTS / f"engine-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json",
+            scratch=directory,
+            scale=scale,
+            names=[name for name in figures.split(",") if name],
+            repeats=repeats or scale.repeats,
+            seed=seed,
+            io_backend=io_backend,
+            command=["python", "-m", "bench", *_published(sys.argv[1:])],
+            console=console,
+        )
+    except BenchError as error:
+        console.print(f"bench: {error}", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        console.print("bench: stopped; what was finished is in the result file, the same command goes on from there")
+        raise typer.Exit(130) from None
+
+
+@app.command(name="table")
+def write_table(
+    check: Annotated[bool, typer.Option(help="Change nothing; exit 1 if README.md is not in step.")] = False,
+    result: Annotated[pathlib.Path | None, typer.Option(help="Result file; default: the newest.")] = None,
+    readme: Annotated[pathlib.Path, typer.Option(help="File with the two marker comments.")] = REPOSITORY / "README.md",
+) -> None:
+    """Put the table of the newest result file into README.md."""
+    try:
+        table.update(readme, results.load(result or results.newest(RESULTS)), check=check)
+    except BenchError as error:
+        Console(stderr=True).print(f"bench: {error}", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def _published(arguments: list[str]) -> list[str]:
+    """The command line without the paths of this machine."""
+    return ["PATH" if pathlib.Path(argument.rpartition("=")[2]).is_absolute() else argument for argument in arguments]

@@ -1,0 +1,55 @@
+"""One module per family of figures; each lists its cases, and a case measures its lines.
+
+``families()`` is the registry, in the order of the README table. A case is what runs as a whole and
+is resumed as a whole; most cases have one line, one row of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.results import Row
+    from bench.scale import Scale
+    from bench.session import Line, Session
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """``measure`` gives one row per line, in order, or raises ``BenchError`` for "cannot run here"."""
+
+    lines: tuple[Line, ...]
+    measure: Callable[[Session, tuple[Line, ...]], Awaitable[list[Row]]]
+
+
+Family = Callable[["Scale"], list[Case]]
+
+
+def families() -> dict[str, Family]:
+    """Name → cases of every family, in the order in which they run and are printed."""
+    from bench.figures import (
+        bound_put,
+        cold_get,
+        hot_get,
+        index,
+        loop_lag,
+        put_flush,
+        put_readable,
+        read_into,
+        small_put,
+    )
+
+    return {
+        "cold_get": cold_get.cases,
+        "put_flush": put_flush.cases,
+        "put_readable": put_readable.cases,
+        "read_into": read_into.cases,
+        "hot_get": hot_get.cases,
+        "bound_put": bound_put.cases,
+        "small_put": small_put.cases,
+        "loop_lag": loop_lag.cases,
+        "cold_get_cpu": cold_get.cpu_cases,
+        "index": index.cases,
+    }

@@ -1,0 +1,112 @@
+"""The README table, made from a result file and never by hand.
+
+Pure text in, text out. Every row of the file is a line, also one that misses its target and one
+that could not run. Between two marker comments the README belongs to this module.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from bench.results import BenchError, NotRun, ResultFile, Row
+from bench.samples import Spread
+
+BEGIN = "<!-- bench:begin -->"
+END = "<!-- bench:end -->"
+_HEAD = (
+    "| figure | block | measured | limit of the machine | reached (min–max) | target | |",
+    "| --- | --- | --- | --- | --- | --- | --- |",
+)
+_VERDICTS = {"met": "✓", "missed": "✗ missed", "shown": ""}
+
+
+def render(result: ResultFile) -> str:
+    """The table and one line on how it was measured, without the markers."""
+    lines = [*_HEAD]
+    lines += [_row_text(row) for row in result.rows]
+    lines += [_not_run_text(row) for row in result.not_run]
+    return "\n".join([*lines, "", _how(result)])
+
+
+def in_step(readme: str, result: ResultFile) -> bool:
+    """Whether ``readme`` holds exactly the table of ``result``."""
+    return replace(readme, result) == readme
+
+
+def replace(readme: str, result: ResultFile) -> str:
+    """``readme`` with the table of ``result`` between the markers. Raises ``BenchError`` without them."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise BenchError(f"README.md has no {BEGIN} … {END}: put the two lines where the table belongs")
+    return f"{before}{BEGIN}\n{render(result)}\n{END}{after}"
+
+
+def update(readme: pathlib.Path, result: ResultFile, *, check: bool) -> None:
+    """Write the table into ``readme``, or with ``check`` raise ``BenchError`` if that would change it."""
+    text = readme.read_text(encoding="utf-8")
+    if not check:
+        readme.write_text(replace(text, result), encoding="utf-8")
+    elif not in_step(text, result):
+        raise BenchError("README.md is not in step with the newest result file: run `python -m bench table`")
+
+
+def _row_text(row: Row) -> str:
+    of_ratio = row.ratio is not None and (row.target is None or row.target.of == "ratio")
+    summary = row.ratio if of_ratio and row.ratio is not None else row.ours.summary
+    unit = "" if of_ratio else f" {row.ours.unit}"
+    reached = f"**{_number(row.achieved())}**{unit} ({_range(summary)})"
+    measured = f"{_number(row.ours.summary.median)} {row.ours.unit}"
+    if row.other is not None:
+        limit = f"{_number(row.other.summary.median)} {row.other.unit} ({row.other.name})"
+    else:
+        limit = ", ".join(f"{extra.name} {_number(extra.summary.median)} {extra.unit}" for extra in row.extra)
+    cells = [row.title, _size(row.block_bytes), measured, limit, reached, _target(row), _VERDICTS[row.verdict()]]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _not_run_text(row: NotRun) -> str:
+    return f"| {row.title} | {_size(row.block_bytes)} | not run: {row.reason} | | | | |"
+
+
+def _target(row: Row) -> str:
+    if row.target is None:
+        return ""
+    unit = "" if row.target.of == "ratio" else f" {row.ours.unit}"
+    worst = ", worst" if row.target.use == "worst" else ""
+    return f"{'≥' if row.target.at_least else '≤'} {_number(row.target.limit)}{unit}{worst}"
+
+
+def _how(result: ResultFile) -> str:
+    where = result.environment
+    back_ends = sorted({f"{row.io_backend}" for row in result.rows})
+    repeats = sorted({row.repeats for row in result.rows})
+    verified = sum(row.verified_bytes for row in result.rows) / 1e9
+    dirty = " with uncommitted changes" if where.dirty else ""
+    return (
+        f"Measured {result.started[:10]}, kernel {where.kernel}, {where.cores} cores ({where.cpu}), "
+        f"{where.memory_bytes / (1 << 30):.0f} GiB, {where.file_system} on {where.device}, I/O back end "
+        f"{', '.join(back_ends) or 'none'}, cascade_aio {where.version} (commit {where.commit[:12]}{dirty}). "
+        f"Medians of {', '.join(map(str, repeats)) or 'no'} interleaved repetitions, ratios within pairs, "
+        f"{verified:.0f} GB compared byte by byte; raw samples and every setting are in `bench/results/`."
+    )
+
+
+def _number(value: float) -> str:
+    """About three significant digits, thousands separated, no exponent."""
+    size = abs(value)
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or value == 0 else 4
+    return f"{value:,.{digits}f}"
+
+
+def _range(summary: Spread) -> str:
+    return f"{_number(summary.minimum)}–{_number(summary.maximum)}"
+
+
+def _size(block_bytes: int) -> str:
+    if block_bytes == 0:
+        return "any"
+    for unit, unit_bytes in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if block_bytes >= unit_bytes:
+            return f"{block_bytes / unit_bytes:g} {unit}"
+    return f"{block_bytes} B"
