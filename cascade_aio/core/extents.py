@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sortedcontainers import SortedList  # type: ignore[import-untyped,unused-ignore]
+from sortedcontainers import SortedList
 
 from cascade_aio.abc.storage import PAGE_BYTES
 
@@ -37,7 +37,7 @@ class ExtentAllocator:
     """Allocates byte ranges from the regions it was given. Not thread-safe; nothing here blocks."""
 
     def __init__(self, granule_bytes: int = PAGE_BYTES) -> None:
-        assert granule_bytes > 0 and granule_bytes & (granule_bytes - 1) == 0, "the granule is a power of two"
+        assert granule_bytes.bit_count() == 1, "the granule is a power of two"
         self._granule_bytes = granule_bytes
         self._shift = granule_bytes.bit_length() - 1
         # All sizes and offsets below are in granules. A free extent is known by size and place, by
@@ -52,9 +52,10 @@ class ExtentAllocator:
 
     def add_region(self, offset: int, nbytes: int) -> None:
         """Make ``[offset, offset + nbytes)`` available. Regions must not overlap; adjacent ones join."""
-        assert nbytes > 0 and not (offset | nbytes) & (self._granule_bytes - 1), "regions are whole granules"
+        assert nbytes > 0, "a region has at least one granule"
+        assert not (offset | nbytes) & (self._granule_bytes - 1), "regions are whole granules"
         start, size = offset >> self._shift, nbytes >> self._shift
-        assert start >= 0 and start + size <= ARENA_GRANULES_MAX, "beyond the largest arena"
+        assert 0 <= start <= ARENA_GRANULES_MAX - size, "beyond the largest arena"
         for known, known_size in self._region_size_at.items():
             assert start + size <= known or known + known_size <= start, f"region at {offset} overlaps another"
         self._note_region(start, size)
@@ -90,8 +91,8 @@ class ExtentAllocator:
     def free(self, offset: int) -> int:
         """Give back the extent at ``offset``; returns its bytes. Unknown offsets are assertions."""
         start = offset >> self._shift
-        size = self._allocated_size_at.pop(start, 0)
-        assert size and start << self._shift == offset, f"no extent is allocated at offset {offset}"
+        size = self._allocated_size_at.pop(start, 0) if start << self._shift == offset else 0
+        assert size, f"no extent is allocated at offset {offset}"
         self._free += size
         self._insert_coalesced(start, size)
         return size << self._shift
