@@ -16,13 +16,16 @@ from cascade_aio._native._library import ffi, lib
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from cascade_aio._native._cascade import CData
+
 _cast = ffi.cast
 _from_buffer = ffi.from_buffer
+_uintptr = ffi.typeof("uintptr_t")
 
 
 def address_of(buffer: Buffer) -> int:
     """Address of the first byte. The caller keeps ``buffer`` alive and unmoved while it uses it."""
-    return int(_cast("uintptr_t", _from_buffer(buffer)))
+    return int(_cast(_uintptr, _from_buffer(buffer)))
 
 
 def copy(dst: Buffer, src: Buffer) -> None:
@@ -82,7 +85,7 @@ def notify(event_fd: int) -> None:
 
 def notify_address() -> int:
     """Address of ``void cascade_notify(void *event_fd)``, callable from any thread without the GIL."""
-    return int(_cast("uintptr_t", ffi.addressof(lib, "cascade_notify")))
+    return int(_cast(_uintptr, ffi.addressof(lib, "cascade_notify")))
 
 
 def uring_version() -> tuple[int, int]:
@@ -90,7 +93,7 @@ def uring_version() -> tuple[int, int]:
     return divmod(lib.cascade_uring_version(), 100)
 
 
-def _pair(dst: Buffer, src: Buffer) -> tuple[object, object]:
+def _pair(dst: Buffer, src: Buffer) -> tuple[CData, CData]:
     to = _from_buffer(dst, require_writable=True)
     source = _from_buffer(src)
     if len(to) != len(source):

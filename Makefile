@@ -1,0 +1,39 @@
+# Entry points for people and CI. Every target may be repeated; each sets up .venv first if needed.
+#   make demo     see the store work        make bench    measure it against the raw limits
+#   make test     run all tests             make wheel    build the wheel and prove it elsewhere
+#   make build    (re)build after changing c/
+# PYTHON=... chooses the interpreter of a new .venv; ARGS=... is passed on.
+.PHONY: help setup build demo test bench wheel lint clean
+.DEFAULT_GOAL := help
+export PYTHON
+
+help:
+	@sed -n 's/^#   /  /p' Makefile
+
+setup build:
+	@scripts/setup.sh
+
+demo: setup
+	@.venv/bin/cascade-aio demo $(ARGS)
+
+test: setup
+	@.venv/bin/python -m pytest $(ARGS)
+
+bench: export CASCADE_EXTRAS = dev,bench
+bench: setup
+	@.venv/bin/python -m bench run $(ARGS)
+
+wheel: setup
+	@scripts/wheel.sh
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+# .venv stays: `rm -r .venv` starts from nothing.
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f .venv/cascade-setup.*.stamp
+	find cascade_aio bench tests cffi_build -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,148 @@
+"""The byte functions of ``cascade_aio._native`` against independent implementations."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import crc32c as reference
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typing_extensions import Buffer
+
+from cascade_aio import _native
+
+STREAMED_BYTES = 1 << 20
+"""Far above the cut-off below which a copy is a plain memcpy."""
+
+
+@pytest.fixture(params=["avx512", "avx2", "sse2", "memcpy"])
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.copy_variant()
+    try:
+        _native.select_copy(request.param)
+    except OSError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _native.select_copy(before)
+
+
+def random_bytes(nbytes: int) -> bytes:
+    return random.Random(nbytes).randbytes(nbytes)
+
+
+def test_crc32c_of_the_check_string() -> None:
+    assert _native.crc32c(b"123456789") == 0xE3069283
+    assert _native.crc32c(b"") == 0
+
+
+@given(data=st.binary(max_size=3000), start=st.integers(0, 64), crc=st.integers(0, 2**32 - 1))
+def test_crc32c_agrees_with_the_crc32c_package(data: bytes, start: int, crc: int) -> None:
+    view = memoryview(data)[start:]
+    assert _native.crc32c(view, crc) == reference.crc32c(view, crc)
+
+
+@given(data=st.binary(max_size=3000), cut=st.integers(0, 3000))
+def test_crc32c_continues_from_a_part(data: bytes, cut: int) -> None:
+    assert _native.crc32c(data[cut:], _native.crc32c(data[:cut])) == _native.crc32c(data)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 32767, 32768, 100_003, STREAMED_BYTES])
+@pytest.mark.parametrize("shift", [0, 1, 63])
+@pytest.mark.parametrize("fused", [False, True])
+def test_copy_moves_exactly_these_bytes(variant: str, nbytes: int, shift: int, fused: bool) -> None:
+    assert _native.copy_variant() == variant
+    source = random_bytes(nbytes)
+    target = bytearray(b"\xa5" * (nbytes + 128))
+    part = memoryview(target)[shift : shift + nbytes]
+
+    if fused:
+        assert _native.copy_crc32c(part, source, 99) == reference.crc32c(source, 99)
+    else:
+        _native.copy(part, source)
+
+    assert target[shift : shift + nbytes] == source
+    assert set(target[:shift] + target[shift + nbytes :]) == {0xA5}
+
+
+@pytest.mark.parametrize("operation", [_native.copy, _native.copy_crc32c])
+class TestCopyRefuses:
+    def test_other_lengths_before_a_byte_moves(self, operation: Callable[[Buffer, Buffer], object]) -> None:
+        target = bytearray(10)
+        with pytest.raises(ValueError, match=r"10 bytes.*9"):
+            operation(target, b"x" * 9)
+        assert target == bytearray(10)
+
+    def test_a_read_only_target(self, operation: Callable[[Buffer, Buffer], object]) -> None:
+        with pytest.raises((BufferError, TypeError)):
+            operation(b"abc", b"xyz")
+
+    def test_a_strided_buffer(self, operation: Callable[[Buffer, Buffer], object]) -> None:
+        with pytest.raises((BufferError, ValueError)):
+            operation(np.zeros(8, np.uint8)[::2], b"wxyz")
+
+
+def test_copy_takes_any_contiguous_buffer() -> None:
+    source = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    target = np.zeros_like(source)
+    _native.copy(target, source)
+    assert np.array_equal(target, source)
+
+
+def test_unknown_copy_variant() -> None:
+    with pytest.raises(ValueError, match="mmx"):
+        _native.select_copy("mmx")
+
+
+def test_address_of_agrees_with_numpy() -> None:
+    array = np.arange(100, dtype=np.uint8)
+    frozen = array[7:]
+    frozen.flags.writeable = False
+    assert _native.address_of(array) == array.ctypes.data
+    assert _native.address_of(frozen) == array.ctypes.data + 7
+    assert _native.address_of(memoryview(array)[3:]) == array.ctypes.data + 3
+
+
+def resident_pages(memory: mmap.mmap) -> int:
+    """Pages of ``memory`` that are present, read from the page map (bit 63 of each entry)."""
+    first = _native.address_of(memory) // mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        entries = os.pread(pagemap.fileno(), 8 * (len(memory) // mmap.PAGESIZE), 8 * first)
+    return int((np.frombuffer(entries, "<u8") >> np.uint64(63)).sum())
+
+
+def test_prefault_makes_pages_present_and_keeps_bytes() -> None:
+    with mmap.mmap(-1, 64 * mmap.PAGESIZE) as memory:
+        memory[5 * mmap.PAGESIZE] = 77
+        before = resident_pages(memory)
+        _native.prefault(memory)
+        assert before < 64
+        assert resident_pages(memory) == 64
+        assert memory[5 * mmap.PAGESIZE] == 77
+        assert memory[: mmap.PAGESIZE] == bytes(mmap.PAGESIZE)
+
+
+def test_prefault_refuses_unaligned_memory() -> None:
+    unaligned = memoryview(mmap.mmap(-1, 2 * mmap.PAGESIZE))[1:]
+    with pytest.raises(OSError, match="prefault") as caught:
+        _native.prefault(unaligned)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_notify_counts_and_never_blocks() -> None:
+    event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        _native.notify(event_fd)
+        _native.notify(event_fd)
+        assert os.eventfd_read(event_fd) == 2
+        os.eventfd_write(event_fd, 2**64 - 2)
+        _native.notify(event_fd)
+        assert os.eventfd_read(event_fd) == 2**64 - 2
+    finally:
+        os.close(event_fd)
+    assert _native.notify_address() != 0
