@@ -35,7 +35,19 @@ class EngineLimits:
     requests_in_flight_max: int = 64
     bytes_in_flight_max: int = 128 << 20
     turn_bytes_max: int = 16 << 20
-    """Bytes handed to the device in one loop turn: what keeps the turn below a millisecond."""
+    """Bytes handed to the device in one loop turn (registered ones count a quarter): what keeps the turn below ~1 ms.
+
+    Measured time of one submission of direct reads into warm 4 KiB pages, 2 cores, kernel 6.18, median in ms:
+
+    | requests         | plain | registered |
+    | 1 x 4 MiB        | 0.31  | 0.13       |
+    | 4 x 4 MiB        | 0.71  | 0.18       |
+    | 8 x 4 MiB        | 1.35  | 0.24       |
+    | 16 x 1 MiB       | 0.80  | 0.23       |
+    | 16 x 2 MiB       | 1.02  | 0.26       |
+
+    The time goes with the bytes (pages looked up and pinned), hardly with the number of requests.
+    """
 
     def __post_init__(self) -> None:
         for name in ("request_bytes_max", "bytes_in_flight_max", "turn_bytes_max"):
@@ -178,7 +190,7 @@ class TransferEngine(abc.ABC):
             raise RuntimeError("this I/O engine belongs to another event loop; open one in the loop that uses it")
         spans = [] if kind is Kind.SYNC else gather(file, kind, buffers, offset)
         transfer = Transfer(self._loop, kind, file, spans, offset, priority)
-        if not transfer.uncut:
+        if not transfer.has_more():
             return 0
         self._counts["transfers"] += 1
         self._transfers.add(transfer)
@@ -239,14 +251,14 @@ class TransferEngine(abc.ABC):
                 self._end(request, finished)
             else:
                 self._launch(request)
-                budget -= request.nbytes
+                budget -= request.submit_bytes
         while budget > 0:
             fresh = self._next_request()
             if fresh is None:
                 break
             self._counts["requests"] += 1
             self._launch(fresh)
-            budget -= fresh.nbytes
+            budget -= fresh.submit_bytes
         self._requests_in_flight_seen = max(self._requests_in_flight_seen, len(self._in_flight))
         self._push()
         if budget <= 0 and len(self._queues):
@@ -260,7 +272,7 @@ class TransferEngine(abc.ABC):
         blocked: list[Priority] = []
         while (priority := queues.choose(blocked)) is not None:
             transfer = queues.head(priority)
-            if not transfer.uncut:  # stopped while it waited
+            if not transfer.has_more():  # stopped while it waited
                 queues.pop(priority)
                 continue
             if not self._has_room(priority, transfer.next_bytes_max(self.limits.request_bytes_max)):
@@ -271,7 +283,7 @@ class TransferEngine(abc.ABC):
             self._in_flight[request.token] = request
             self._account(priority, 1, request.nbytes)
             queues.charge(priority, request.nbytes)
-            if not transfer.uncut:
+            if not transfer.has_more():
                 queues.pop(priority)
             return request
         return None

@@ -91,6 +91,11 @@ class Request:
         self.interrupted = False
         self.vector: bytearray | None = None  # the iovec array of a vectored request, alive until it ends
 
+    @property
+    def submit_bytes(self) -> int:
+        """Weight of handing it to the device: registered pages need no pinning (measured in ``EngineLimits``)."""
+        return self.nbytes if self.slot == PLAIN else self.nbytes // 4
+
     def advance(self, nbytes: int) -> None:
         """Forget the first ``nbytes``, which were transferred; the rest is asked again."""
         self.offset += nbytes
@@ -161,8 +166,7 @@ class Transfer(Completion):
         self._index = 0
         self._start = 0
 
-    @property
-    def uncut(self) -> bool:
+    def has_more(self) -> bool:
         """Whether requests remain to be cut. A sync is one request without bytes."""
         if self.stopped:
             return False
@@ -211,7 +215,7 @@ class Transfer(Completion):
         """``request`` is over; returns whether the whole transfer is."""
         self.in_flight -= 1
         self.requests.discard(request)
-        return self.in_flight == 0 and not self.uncut
+        return self.in_flight == 0 and not self.has_more()
 
     def meet_end_of_file(self, offset: int) -> None:
         self.end_bytes = min(self.end_bytes, max(0, offset - self.offset))
