@@ -266,18 +266,21 @@ class MemoryStorage:
         self.write_sizes: list[int] = []
         self.open_files: set[MemoryFile] = set()
         self._closed = False
+        self._active = 0  # operations between their two events
+        self._idle = asyncio.Event()
 
     def crash(self, seed: int | None = None) -> MemoryStorage:
         """A new process on the disk that a power loss now would leave."""
         return MemoryStorage(self.disk.crash(seed), direct=self.direct)
 
     async def _event(self, name: str, path: str, offset: int = 0, nbytes: int = 0, *, after: bool = False) -> None:
-        if self._closed:
+        if self._closed and not after:
             raise ClosedError("the storage is closed; open the store again")
         operation = Operation(self.events, name, path, offset, nbytes, after)
         self.events += 1
         if self.freeze_at is not None and operation.index >= self.freeze_at:
             self.frozen.set()
+            self._idle.set()
             await asyncio.get_running_loop().create_future()
         for hook in list(self.hooks):
             verdict = hook(operation)
@@ -289,10 +292,16 @@ class MemoryStorage:
     @contextlib.asynccontextmanager
     async def _operation(self, name: str, path: str, offset: int = 0, nbytes: int = 0) -> AsyncIterator[None]:
         self.counts[name] = self.counts.get(name, 0) + 1
-        await self._event(name, path, offset, nbytes)
-        await asyncio.sleep(0)
-        yield
-        await self._event(name, path, offset, nbytes, after=True)
+        self._active += 1
+        try:
+            await self._event(name, path, offset, nbytes)
+            await asyncio.sleep(0)
+            yield
+            await self._event(name, path, offset, nbytes, after=True)
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
 
     def _own(self, file: File) -> MemoryFile:
         assert isinstance(file, MemoryFile), file
@@ -478,7 +487,11 @@ class MemoryStorage:
         return {"backend": "memory", "operations": dict(self.counts)}
 
     async def aclose(self) -> None:
+        """Waits for operations in progress, as the protocol says; a frozen process has none that ends."""
         self._closed = True
+        while self._active and not self.frozen.is_set():
+            self._idle.clear()
+            await self._idle.wait()
 
 
 class MemoryEngine:
