@@ -40,8 +40,8 @@ ARENA_NAME_BYTES_MAX = 200
 """Leaves room for a suffix within the 255 bytes that file systems take."""
 ENVIRONMENT_PREFIX = "CASCADE_"
 CONFIG_FILE_VARIABLE = "CASCADE_CONFIG"
-FOREIGN_VARIABLE_PREFIXES = ("CASCADE_TEST_", "CASCADE_BENCH_")
-"""Variables of the test suite and the benchmarks, not settings of a store."""
+FOREIGN_VARIABLES = (CONFIG_FILE_VARIABLE, "CASCADE_TEST_", "CASCADE_BENCH_", "CASCADE_EXTRAS")
+"""Beginnings of variables of ours that are no settings of a store: tests, benchmarks, set-up."""
 
 _UNIT_BYTES = {
     "": 1,
@@ -196,7 +196,7 @@ def validate_config(config: StoreConfig) -> None:
         )
 
 
-def _validate_arena(name: str | None) -> None:
+def _validate_arena(name: object) -> None:
     if name is None:
         return
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
@@ -277,15 +277,35 @@ def load_config(
 
     An argument that is ``None`` counts as not given. The file is ``config_file`` or the one that
     ``CASCADE_CONFIG`` names; its keys are the fields of ``StoreConfig`` at top level. ``environment``
-    defaults to ``os.environ``; ``default_root`` is used where no source names a root. Raises ``ConfigError`` naming key, source and allowed values. Blocks
-    while it reads the file.
+    defaults to ``os.environ``; ``default_root`` is used where no source names a root. Raises
+    ``ConfigError`` naming key, source and allowed values. Blocks while it reads the file.
     """
-    from cascade_aio._settings import merge_sources  # pydantic is slow to import and not always needed
+    from cascade_aio._settings import SettingsSchema, merge_sources  # pydantic: slow to import, not always needed
 
+    schema = SettingsSchema(CONFIG_KEYS, SWITCHES, ENVIRONMENT_PREFIX, coerce_setting, check_keys)
     variables = os.environ if environment is None else environment
     given = {key: setting for key, setting in (arguments or {}).items() if setting is not None}
     path = config_file if config_file is not None else variables.get(CONFIG_FILE_VARIABLE) or None
-    return merge_sources(given, variables, None if path is None else os.fspath(path), default_root)
+    merged = merge_sources(schema, given, _own_variables(variables), None if path is None else os.fspath(path))
+    values = merged.values
+    if default_root is not None:
+        values.setdefault("root", default_root)
+    if "root" not in values:
+        raise ConfigError("root is not set; give it as an argument, CASCADE_ROOT or root in the configuration file")
+    try:
+        return StoreConfig(**values)
+    except ConfigError as error:
+        key = str(error).partition("=")[0]
+        raise ConfigError(f"{merged.origins.get(key, 'defaults')}: {error}") from None
+
+
+def _own_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """The ``CASCADE_*`` variables that are meant as settings; an unknown one is an error, as in the file."""
+    return {
+        name: text
+        for name, text in variables.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(FOREIGN_VARIABLES)
+    }
 
 
 def arena_name(config: StoreConfig) -> str:

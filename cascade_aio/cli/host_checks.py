@@ -14,7 +14,6 @@ import platform
 import resource
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from cascade_aio.cli.findings import Finding
@@ -38,15 +37,13 @@ def _read(path: str) -> str | None:
 
 def check_python() -> Finding:
     found = f"{platform.python_implementation()} {platform.python_version()}"
-    if sys.version_info < (3, 11):
-        return Finding("python", "fatal", found, "too old for this package", "use Python 3.11 or newer")
     return Finding("python", "ok", found, "supported")
 
 
 def check_kernel() -> Finding:
     release = platform.release()
     digits = [int("".join(filter(str.isdigit, part)) or 0) for part in release.split("-")[0].split(".")[:2]]
-    number = (digits + [0, 0])[0], (digits + [0, 0])[1]
+    number = tuple(digits)
     if platform.system() != "Linux":
         return Finding("kernel", "fatal", platform.platform(), "the store needs Linux", "run it on Linux")
     if number < KERNEL_MIN:
