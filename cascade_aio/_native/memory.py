@@ -2,7 +2,12 @@
 
 Every call that takes time proportional to bytes releases the GIL and blocks its thread: callers on
 an event loop run it in a worker thread. Buffers are borrowed for the length of the call; any
-C-contiguous buffer will do, others raise ``BufferError`` (or cffi's ``TypeError``) before a byte moves.
+C-contiguous buffer will do, others raise ``BufferError``, ``TypeError`` or ``ValueError`` before a
+byte moves.
+
+Invariant: a cffi view of a caller's buffer is never bound to a name, it exists only as an argument of
+a call. Bound, it would live on in the traceback of an exception; and when CPython's collector meets
+a cycle of a memoryview and a view of it, it clears the memoryview first and then crashes (3.11).
 """
 
 from __future__ import annotations
@@ -15,8 +20,6 @@ from cascade_aio._native._library import ffi, lib
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-    from cascade_aio._native._cascade import CData
 
 _cast = ffi.cast
 _from_buffer = ffi.from_buffer
@@ -33,20 +36,19 @@ def copy(dst: Buffer, src: Buffer) -> None:
 
     Raises ``ValueError`` if the lengths differ, ``BufferError`` if ``dst`` is read-only.
     """
-    to, source = _pair(dst, src)
-    lib.cascade_copy(to, source, len(source))
+    nbytes = _common_length(dst, src)
+    lib.cascade_copy(_from_buffer(dst, require_writable=True), _from_buffer(src), nbytes)
 
 
 def copy_crc32c(dst: Buffer, src: Buffer, crc: int = 0) -> int:
     """``copy`` that also returns ``crc32c(src, crc)``; costs hardly more than the copy."""
-    to, source = _pair(dst, src)
-    return lib.cascade_copy_crc32c(to, source, len(source), crc)
+    nbytes = _common_length(dst, src)
+    return lib.cascade_copy_crc32c(_from_buffer(dst, require_writable=True), _from_buffer(src), nbytes, crc)
 
 
 def crc32c(src: Buffer, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of ``src``, continuing from ``crc`` as ``zlib.crc32`` does."""
-    source = _from_buffer(src)
-    return lib.cascade_crc32c(source, len(source), crc)
+    return lib.cascade_crc32c(_from_buffer(src), _length(src), crc)
 
 
 def prefault(memory: Buffer) -> None:
@@ -55,10 +57,10 @@ def prefault(memory: Buffer) -> None:
     The caller is its only writer meanwhile. Raises ``OSError`` (``ENOMEM``, ``EFAULT``) if the
     memory behind it cannot be had, ``EINVAL`` if it is not page-aligned.
     """
-    view = _from_buffer(memory, require_writable=True)
-    rc = lib.cascade_prefault(view, len(view))
+    nbytes = _length(memory)
+    rc = lib.cascade_prefault(_from_buffer(memory, require_writable=True), nbytes)
     if rc < 0:
-        raise OSError(-rc, f"cannot prefault {len(view)} bytes: {os.strerror(-rc)}")
+        raise OSError(-rc, f"cannot prefault {nbytes} bytes: {os.strerror(-rc)}")
 
 
 def copy_variant() -> str:
@@ -93,9 +95,12 @@ def uring_version() -> tuple[int, int]:
     return divmod(lib.cascade_uring_version(), 100)
 
 
-def _pair(dst: Buffer, src: Buffer) -> tuple[CData, CData]:
-    to = _from_buffer(dst, require_writable=True)
-    source = _from_buffer(src)
-    if len(to) != len(source):
-        raise ValueError(f"dst has {len(to)} bytes, src has {len(source)}: they must be equally long")
-    return to, source
+def _length(buffer: Buffer) -> int:
+    return len(_from_buffer(buffer))
+
+
+def _common_length(dst: Buffer, src: Buffer) -> int:
+    nbytes = _length(src)
+    if _length(dst) != nbytes:
+        raise ValueError(f"dst has {_length(dst)} bytes, src has {nbytes}: they must be equally long")
+    return nbytes

@@ -6,6 +6,8 @@ import errno
 import mmap
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import crc32c as reference
@@ -132,6 +134,32 @@ def test_prefault_refuses_unaligned_memory() -> None:
     with pytest.raises(OSError, match="prefault") as caught:
         _native.prefault(unaligned)
     assert caught.value.errno == errno.EINVAL
+
+
+SURVIVE_COLLECTION = """
+import gc, mmap
+from cascade_aio import _native
+
+def fail(operation, *buffers):
+    try:
+        operation(*buffers)
+    except (OSError, ValueError) as error:
+        cycle = [error]  # error -> traceback -> this frame -> cycle
+        cycle.append(cycle)
+
+for _ in range(20):
+    fail(_native.prefault, memoryview(mmap.mmap(-1, 8192))[1:])
+    fail(_native.copy, memoryview(bytearray(10))[1:], memoryview(bytes(10))[2:])
+    fail(_native.copy_crc32c, memoryview(bytearray(10))[1:], memoryview(bytes(10))[2:])
+    gc.collect()
+print("alive")
+"""
+
+
+def test_errors_about_memoryviews_survive_the_garbage_collector() -> None:
+    """A cffi view kept by a traceback once crashed the collector; a process of its own, as it crashes."""
+    done = subprocess.run([sys.executable, "-c", SURVIVE_COLLECTION], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
 
 
 def test_notify_counts_and_never_blocks() -> None:
