@@ -45,4 +45,6 @@ def fio_gb_per_s(path: pathlib.Path, total_bytes: int, request_bytes: int, depth
     if done.returncode != 0:
         raise BenchError(f"fio failed: {(done.stderr or done.stdout).strip()[-400:]}")
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    if job["error"]:
+        raise BenchError(f"fio failed with error {job['error']}")
     return float(job["write" if write else "read"]["bw_bytes"]) / 1e9

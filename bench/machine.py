@@ -35,7 +35,7 @@ _DEVICE_KINDS = {
 def describe(folder: pathlib.Path) -> Environment:
     """The environment of a run whose files are in ``folder``. Raises ``BenchError`` outside a checkout."""
     return Environment(
-        version=_version("cascade-aio") or getattr(cascade_aio, "__version__", "not installed"),
+        version=cascade_aio.__version__,
         commit=_git("rev-parse", "HEAD"),
         dirty=bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *NOT_CODE)),
         python=platform.python_version(),

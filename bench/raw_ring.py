@@ -7,6 +7,7 @@ kernel until the call returns.
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import time
@@ -49,7 +50,7 @@ class RawRing:
 
     def write_file(self, path: pathlib.Path, source: memoryview, request_bytes: int, *, registered: bool) -> float:
         """Seconds to write ``source`` to a fresh file preallocated to its size, fdatasync included."""
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+        fd = _open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             os.posix_fallocate(fd, 0, len(source))
             os.fsync(fd)
@@ -69,7 +70,7 @@ class RawRing:
         ``buffers`` has one request's room for each of the ring's ``depth``.
         """
         assert len(buffers) >= request_bytes * self._depth
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        fd = _open_direct(path, os.O_RDONLY)
         try:
             address = self._register(buffers, registered)
             started = time.perf_counter()
@@ -144,3 +145,12 @@ class RawRing:
         while left > 0:
             self._ring.wait(WAIT_MS)
             left -= len(self._ring.reap())
+
+
+def _open_direct(path: pathlib.Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise CannotRunError("the file system takes no O_DIRECT: measure on another one with --dir") from error

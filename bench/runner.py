@@ -79,7 +79,7 @@ def _run_cases(
         name = f"[{number}/{len(todo)}] {line.title} {line.variant} ({line.block_bytes >> 10} KiB)"
         with console.status(name):
             try:
-                rows: Sequence[results.Row | NotRun] = asyncio.run(case.measure(session, case.lines))
+                rows: list[results.Row | NotRun] = [*asyncio.run(case.measure(session, case.lines))]
             except CannotRunError as error:
                 rows = [
                     NotRun(line.figure, line.title, line.block_bytes, line.variant, results.now_text(), str(error))

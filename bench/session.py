@@ -13,8 +13,8 @@ import itertools
 import os
 import pathlib
 import shutil
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Literal
 
 import cascade_aio as ca
 from bench import machine
@@ -82,7 +82,7 @@ class Session:
         self.record = record
         self.calibrations = calibrations
         self.disk = DiskLimit(folder, scale.grid, seed, calibrations, record)
-        self._io_backend = io_backend
+        self.io_backend = io_backend
         self._opened: Opened | None = None
 
     @property
@@ -98,8 +98,19 @@ class Session:
             raise BenchError(f"{wanted >> 20} MiB of shared memory are above the suite's limit of 4 GiB")
         return -(-wanted // (1 << 20)) << 20
 
+    @staticmethod
+    def new_arena_name() -> str:
+        """A name that no other store of this machine uses; whoever takes it removes the arena."""
+        return f"cascade-bench-{os.getpid()}-{next(_arena_numbers)}"
+
+    @staticmethod
+    def remove_arena(name: str) -> None:
+        """Remove what a store left in shared memory under ``name``."""
+        for left in pathlib.Path("/dev/shm").glob(f"{name}*"):
+            left.unlink()
+
     @contextlib.contextmanager
-    def root(self, name: str) -> Any:
+    def root(self, name: str) -> Iterator[pathlib.Path]:
         """A root directory that is removed at the end, whatever happens."""
         path = self.folder / name
         path.mkdir()
@@ -112,14 +123,14 @@ class Session:
     async def open(self, root: pathlib.Path, *, shm_bytes: int, **settings: Scalar) -> AsyncIterator[ca.Store]:
         """A store on ``root`` with an arena of its own, so that nothing an earlier store had in memory
         is found; the arena is removed at the end."""
-        arena = f"cascade-bench-{os.getpid()}-{next(_arena_numbers)}"
-        settings = {"shm_bytes": shm_bytes, "io_backend": self._io_backend, **settings}
+        arena = self.new_arena_name()
+        settings = {"shm_bytes": shm_bytes, "io_backend": self.io_backend, **settings}
         try:
             async with ca.open_store(root, arena=arena, **settings) as store:
                 self._opened = _describe(store, settings)
                 yield store
         finally:
-            _remove_arena(arena)
+            self.remove_arena(arena)
 
     def row(
         self,
@@ -162,11 +173,6 @@ class Session:
         )
 
 
-def _remove_arena(name: str) -> None:
-    for left in pathlib.Path("/dev/shm").glob(f"{name}*"):
-        left.unlink()
-
-
 def _describe(store: ca.Store, settings: dict[str, Scalar]) -> Opened:
-    storage = store.statistics()["storage"]
-    return Opened(dict(settings), str(storage["backend"]), str(storage["reason"]))
+    io = store.statistics()["io"]
+    return Opened(dict(settings), str(io["backend"]), "; ".join(io["notes"]) or f"as asked: {settings['io_backend']}")

@@ -7,8 +7,8 @@ is resumed as a whole; most cases have one line, one row of the table.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bench.results import Row
@@ -21,7 +21,7 @@ class Case:
     """``measure`` gives one row per line, in order, or raises ``BenchError`` for "cannot run here"."""
 
     lines: tuple[Line, ...]
-    measure: Callable[[Session, tuple[Line, ...]], Awaitable[list[Row]]]
+    measure: Callable[[Session, tuple[Line, ...]], Coroutine[Any, Any, list[Row]]]
 
 
 Family = Callable[["Scale"], list[Case]]

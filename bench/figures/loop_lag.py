@@ -25,11 +25,11 @@ from bench.turns import Side, take_turns
 SIZE_BYTES = 80 * MIB
 PUTS, GETS = 8, 8
 BUSY_PIECE_BYTES = 4 * MIB
-ROUNDS = 2
-"""Rounds of puts per repetition, each of new content."""
+ROUNDS = 3
+"""Rounds of puts per repetition, each of new content; the clock rests while bytes are compared."""
 CHECKED = (
-    "mixed: gets alternate between two sets of blocks that do not fit the arena together with the puts, so most come "
-    "from disk; every got byte compared after the repetition's clock stopped"
+    "mixed: new store per repetition; gets alternate between two sets of blocks that do not fit the arena together with "
+    "the puts, so most come from disk; every got byte compared after each round, while no tick is counted"
 )
 
 
@@ -51,31 +51,26 @@ def cases(scale: Scale) -> list[Case]:
 async def _measure(session: Session, lines: tuple[Line, ...]) -> list[Row]:
     size = lines[0].block_bytes
     lags: dict[str, list[list[float]]] = {OURS: [], "idle": [], "busy": []}
-    with (
-        session.root("loop-lag") as root,
-        Pool(size, PUTS, session.seed) as puts,
-        Pool(size, GETS, session.seed + 1) as gets,
-    ):
-        shm_bytes = session.arena_bytes(size, PUTS + GETS)
+    with Pool(size, PUTS, session.seed) as puts, Pool(size, GETS, session.seed + 1) as gets:
         load = _Load(puts, gets)
-        async with session.open(root, shm_bytes=shm_bytes) as store:
-            await load.fill(store)
 
-            async def ours(repetition: int) -> float:
-                late_ms = await load.run(store)
-                return _keep(lags[OURS], late_ms)
+        async def ours(repetition: int) -> float:
+            with session.root("loop-lag") as root:
+                async with session.open(root, shm_bytes=session.arena_bytes(size, PUTS + GETS)) as store:
+                    await load.fill(store)
+                    return _keep(lags[OURS], await load.run(store))
 
-            async def idle(repetition: int) -> float:
-                async with Ticker() as ticker:
-                    await asyncio.sleep(session.scale.lag_seconds)
-                return _keep(lags["idle"], ticker.late_ms)
+        async def idle(repetition: int) -> float:
+            async with Ticker() as ticker:
+                await asyncio.sleep(session.scale.lag_seconds)
+            return _keep(lags["idle"], ticker.late_ms)
 
-            async def busy(repetition: int) -> float:
-                async with Ticker() as ticker:
-                    await _hash_beside(session.cores, session.scale.lag_seconds)
-                return _keep(lags["busy"], ticker.late_ms)
+        async def busy(repetition: int) -> float:
+            async with Ticker() as ticker:
+                await _hash_beside(session.cores, session.scale.lag_seconds)
+            return _keep(lags["busy"], ticker.late_ms)
 
-            turns = await take_turns([Side(OURS, ours), Side("idle", idle), Side("busy", busy)], session.repeats)
+        turns = await take_turns([Side(OURS, ours), Side("idle", idle), Side("busy", busy)], session.repeats)
     notes = (
         f"{sum(len(run) for run in lags[OURS])} ticks of 1 ms; idle: a loop with nothing to do; "
         f"busy: one beside {session.cores} threads that hash without the GIL"
@@ -122,26 +117,24 @@ class _Load:
             self._gets.stamp(stamp)
             self._sets[stamp] = await put_all(store, self._gets, GETS)
             await store.flush()
-        self._puts.stamp(0)
+        self._puts.stamp(self._round)
         await put_all(store, self._puts, PUTS)
         await store.flush()
 
     async def run(self, store: ca.Store) -> list[float]:
-        """Lateness of the ticks while ``ROUNDS`` rounds of 8 puts and 8 gets run; deletes what was put."""
+        """Lateness of the ticks while ``ROUNDS`` rounds of 8 puts and 8 gets run."""
         late_ms: list[float] = []
         for _ in range(ROUNDS):
             self._round += 1
             wanted = self._round % 2
             self._puts.stamp(self._round)
             async with Ticker() as ticker, asyncio.TaskGroup() as group:
-                putting = group.create_task(put_all(store, self._puts, PUTS))
+                group.create_task(put_all(store, self._puts, PUTS))
                 getting = group.create_task(lease_all(store, self._sets[wanted], GETS))
             late_ms += ticker.late_ms
             self._gets.stamp(wanted)
             self.verified_bytes += compare_and_release(getting.result(), self._gets)
             await store.flush()
-            for block_id in putting.result():
-                await store.delete(block_id)
         return late_ms
 
 
