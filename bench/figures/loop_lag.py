@@ -28,7 +28,7 @@ BUSY_PIECE_BYTES = 4 * MIB
 ROUNDS = 3
 """Rounds of puts per repetition, each of new content; the clock rests while bytes are compared."""
 CHECKED = (
-    "mixed: new store per repetition; gets alternate between two sets of blocks that do not fit the arena together with "
+    "mixed: new store per repetition; gets alternate between two sets of blocks that do not fit the arena with "
     "the puts, so most come from disk; every got byte compared after each round, while no tick is counted"
 )
 
