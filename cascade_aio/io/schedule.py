@@ -33,20 +33,25 @@ CHARGE_BYTES_MIN = 4096
 """A request costs at least one page, also one that moves no bytes (a sync)."""
 
 
+_PRIORITIES = tuple(Priority)  # iterating the enumeration itself costs microseconds per request
+
+
 class ServiceQueues(Generic[T]):
     """First-in-first-out queues of one item type per ``Priority``, with the rule above."""
 
-    __slots__ = ("_earned", "_queues")
+    __slots__ = ("_earned", "_queues", "_size")
 
     def __init__(self) -> None:
-        self._queues: tuple[deque[T], ...] = tuple(deque() for _ in Priority)
-        self._earned = [0.0 for _ in Priority]
+        self._queues: tuple[deque[T], ...] = tuple(deque() for _ in _PRIORITIES)
+        self._earned = [0.0 for _ in _PRIORITIES]
+        self._size = 0
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self._queues)
+        return self._size
 
     def push(self, priority: Priority, item: T) -> None:
         self._queues[priority].append(item)
+        self._size += 1
 
     def head(self, priority: Priority) -> T:
         return self._queues[priority][0]
@@ -54,6 +59,7 @@ class ServiceQueues(Generic[T]):
     def pop(self, priority: Priority) -> T:
         """Remove the first item; a class that has nothing to do earns nothing."""
         item = self._queues[priority].popleft()
+        self._size -= 1
         if not self._queues[priority]:
             self._earned[priority] = 0.0
         return item
@@ -64,7 +70,7 @@ class ServiceQueues(Generic[T]):
     def choose(self, blocked: Collection[Priority] = ()) -> Priority | None:
         """The class to serve next among those not ``blocked`` (no room in flight); ``None`` if there is none."""
         chosen: Priority | None = None
-        for priority in Priority:
+        for priority in _PRIORITIES:
             if not self._queues[priority] or priority in blocked:
                 continue
             if chosen is None:
@@ -74,13 +80,12 @@ class ServiceQueues(Generic[T]):
         return chosen
 
     def charge(self, served: Priority, nbytes: int) -> None:
-        """Account for a request of ``nbytes`` of class ``served``."""
+        """Account for a request of ``nbytes`` of class ``served``; call it before its item is popped."""
+        if len(self._queues[served]) == self._size:
+            return  # no other class waits
         cost = max(nbytes, CHARGE_BYTES_MIN)
-        if SHARES[served] and self._queues[served]:
-            self._earned[served] -= cost if self._others_wait(served) else 0
-        for priority in Priority:
+        if any(self._queues[priority] for priority in _PRIORITIES if priority < served):
+            self._earned[served] -= cost
+        for priority in _PRIORITIES:
             if priority > served and self._queues[priority]:
                 self._earned[priority] += cost * SHARES[priority]
-
-    def _others_wait(self, served: Priority) -> bool:
-        return any(self._queues[priority] for priority in Priority if priority < served)
