@@ -153,6 +153,11 @@ def header_pages_for(payload_bytes: int, meta_bytes: int, bindings: int, chunk_b
     return pages
 
 
+def bindings_room(header_pages: int, chunks: int, meta_bytes: int) -> int:
+    """How many prefix keys fit the header of a BLOCK record of so many pages."""
+    return (header_pages * PAGE_BYTES - _RECORD.size - 4 * chunks - meta_bytes - _CRC.size) // _BINDING.size
+
+
 def note_pages_for(bindings: int, tombstones: int) -> int:
     """Pages of a NOTE record."""
     return _pages_of(_RECORD.size + _NOTE_BINDING.size * bindings + _TOMBSTONE.size * tombstones)
@@ -342,4 +347,4 @@ def _crc_table(count: int) -> struct.Struct:
     return _CRC_TABLES[count] if count < len(_CRC_TABLES) else struct.Struct(f"<{count}I")
 
 
-assert _RECORD.size == 152 and _SEGMENT.size == 80 and BLOCK_ID_BYTES == 16  # noqa: PT018 - FORMAT.md says so
+assert (_RECORD.size, _SEGMENT.size, BLOCK_ID_BYTES) == (152, 80, 16)  # FORMAT.md says so

@@ -49,7 +49,7 @@ class Operation:
     after: bool = False
 
 
-FaultHook = Callable[[Operation], BaseException | None | Awaitable[None]]
+FaultHook = Callable[[Operation], BaseException | Awaitable[None] | None]
 """Returns an exception to raise, or an awaitable that delays (and may raise), or ``None``."""
 
 

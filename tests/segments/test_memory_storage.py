@@ -81,15 +81,16 @@ async def test_a_sync_covers_only_writes_completed_before_it():
 
 async def test_no_space_freeze_locks_and_alignment():
     storage = MemoryStorage(MemoryDisk(capacity_bytes=2 * PAGE_BYTES))
-    with pytest.raises(OSError) as full:
+    with pytest.raises(OSError, match="No space") as full:
         await storage.create("/f", preallocate_bytes=3 * PAGE_BYTES)
     assert full.value.errno == errno.ENOSPC
     file = await storage.create("/f")
-    with pytest.raises(OSError) as unaligned:
+    with pytest.raises(OSError, match="Invalid") as unaligned:
         await storage.write(file, [memoryview(bytearray(5))], 0)
     assert unaligned.value.errno == errno.EINVAL
     lock = await storage.try_lock("/lock")
-    assert lock is not None and await MemoryStorage(storage.disk).try_lock("/lock") is None
+    assert lock is not None
+    assert await MemoryStorage(storage.disk).try_lock("/lock") is None
     lock.release()
     assert await storage.try_lock("/lock") is not None
     storage.freeze_at = storage.events

@@ -1,0 +1,137 @@
+"""What waits to become durable: appends in order, and the flushes that wait for them.
+
+Synchronous bookkeeping of the segment writer. Every append gets a ticket, counting up. A flush waits
+for all tickets up to the one that was newest when it was called; appends may become durable out of
+order (a failed segment's are placed again), so the line of settled tickets advances only over gaps
+that have closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from cascade_aio.segments.facts import Location
+from cascade_aio.segments.format import Binding, NoteBinding, Tombstone
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class PendingRecord:
+    """A sealed block on its way to disk.
+
+    ``extent`` is writable and page-aligned: ``header_pages`` pages that the writer fills, then the
+    padded payload that it only reads. It belongs to the writer until one of the callbacks, which run
+    on the loop: ``on_durable`` once the record is on stable storage (only then may the copy in
+    memory be dropped), or ``on_failed`` when the writer has given up for good.
+    """
+
+    extent: memoryview
+    header_pages: int
+    stamp: int
+    digest: bytes
+    key_bytes: int
+    value_bytes: int
+    value_offset: int
+    chunk_crcs: tuple[int, ...]
+    meta: bytes
+    bindings: tuple[Binding, ...]
+    on_durable: Callable[[Location], None]
+    on_failed: Callable[[BaseException], None]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Append:
+    """One ticket: a record, or entries for the next NOTE."""
+
+    ticket: int
+    nbytes: int
+    appended_s: float
+    record: PendingRecord | None = None
+    bindings: Sequence[NoteBinding] = ()
+    tombstones: Sequence[Tombstone] = ()
+    settled: bool = False
+
+
+class PendingQueue:
+    """Tickets, the two queues to be placed (records, note entries), and waiting flushes."""
+
+    def __init__(self) -> None:
+        self.records: collections.deque[Append] = collections.deque()
+        self.notes: collections.deque[Append] = collections.deque()
+        self.last_ticket = 0
+        self.settled_ticket = 0
+        self.queued_bytes = 0
+        self.backlog_bytes = 0
+        self._line: collections.deque[Append] = collections.deque()
+        self._waiters: collections.deque[tuple[int, asyncio.Future[None] | None]] = collections.deque()
+
+    def push(self, append: Append) -> None:
+        self.last_ticket = append.ticket
+        (self.notes if append.record is None else self.records).append(append)
+        self._line.append(append)
+        self.queued_bytes += append.nbytes
+        self.backlog_bytes += append.nbytes
+
+    def push_back(self, orphans: Sequence[Append]) -> None:
+        """Queue appends of a failed segment again, before everything younger."""
+        for queue, wants_record in ((self.records, True), (self.notes, False)):
+            mine = [append for append in orphans if (append.record is not None) is wants_record]
+            queue.extendleft(reversed(mine))
+            self.queued_bytes += sum(append.nbytes for append in mine)
+
+    @property
+    def first_queued(self) -> Append | None:
+        """The oldest append that has no place yet."""
+        heads = [queue[0] for queue in (self.records, self.notes) if queue]
+        return min(heads, key=lambda append: append.ticket) if heads else None
+
+    def settle(self, appends: Sequence[Append]) -> None:
+        """These are durable: advance the line and answer flushes."""
+        for append in appends:
+            append.settled = True
+            self.backlog_bytes -= append.nbytes
+        while self._line and self._line[0].settled:
+            self.settled_ticket = self._line.popleft().ticket
+        while self._waiters and self._waiters[0][0] <= self.settled_ticket:
+            _, future = self._waiters.popleft()
+            if future is not None and not future.done():
+                future.set_result(None)
+
+    # -- flushes -------------------------------------------------------------------------------
+
+    @property
+    def first_wanted(self) -> int | None:
+        """The ticket the oldest flush waits for."""
+        return self._waiters[0][0] if self._waiters else None
+
+    @property
+    def last_wanted(self) -> int:
+        """The newest ticket that anybody wants durable now."""
+        return self._waiters[-1][0] if self._waiters else 0
+
+    def want(self, future: asyncio.Future[None] | None) -> None:
+        """Everything appended so far is wanted soon; ``future`` is told when, and if not, why."""
+        if future is not None or self.last_wanted < self.last_ticket > self.settled_ticket:
+            self._waiters.append((self.last_ticket, future))
+
+    def refuse(self, error: Callable[[], BaseException], from_ticket: int = 0) -> None:
+        """Answer the flushes that wait for ``from_ticket`` or later with an error."""
+        kept: collections.deque[tuple[int, asyncio.Future[None] | None]] = collections.deque()
+        for ticket, future in self._waiters:
+            if ticket < from_ticket or future is None:
+                kept.append((ticket, future))
+            elif not future.done():
+                future.set_exception(error())
+        self._waiters = kept
+
+    def abandon(self) -> list[Append]:
+        """Everything unsettled, which is forgotten; the caller tells the owners."""
+        rest = [append for append in self._line if not append.settled]
+        for queue in (self.records, self.notes, self._line):
+            queue.clear()
+        self.queued_bytes = self.backlog_bytes = 0
+        self.settled_ticket = self.last_ticket
+        self._waiters.clear()
+        return rest

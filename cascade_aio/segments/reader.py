@@ -1,0 +1,259 @@
+"""Reading records back: neighbours in one request, straight into extents, and never unverified.
+
+A batch is planned by ``core.ranges``, read with large vectored requests, and every record is checked
+before its outcome says so: header, identity, digest and lengths as the index expects them, and the
+CRC of each chunk (in worker threads, piece by piece as the pieces arrive). The outcome is per record:
+one that is damaged or gone does not fail its neighbours.
+
+What it must not know: who wants the bytes, or what an extent belongs to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import itertools
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
+from cascade_aio.core.ranges import ReadRequest, Run, coalesce
+from cascade_aio.errors import BlockNotFoundError, ClosedError, CorruptionError
+from cascade_aio.segments import format as fmt
+from cascade_aio.segments.facts import Location
+from cascade_aio.segments.table import SegmentEntry, SegmentTable
+
+RUN_BYTES_MAX = 8 << 20
+"""Neighbours are joined up to this; a larger record is read in pieces of it, side by side."""
+
+RUN_REQUESTS_MAX = 256
+"""Buffers of one vectored read; the kernel takes 1024."""
+
+_T = TypeVar("_T")
+_GONE = frozenset({errno.ENOENT, errno.ESTALE})
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class RecordRead:
+    """One record to read, and what came of it.
+
+    ``extent`` is page-aligned, writable, ``record_bytes`` long, and belongs to the reader until
+    ``SegmentReader.read`` returns. ``outcome`` is then the decoded header, or the exception:
+    ``CorruptionError`` (the extent holds garbage), ``BlockNotFoundError`` (the segment has
+    vanished), ``OSError``.
+    """
+
+    location: Location
+    record_bytes: int
+    extent: memoryview
+    digest: bytes
+    key_bytes: int
+    value_bytes: int
+    outcome: fmt.RecordHeader | BaseException | None = None
+
+
+class SegmentReader:
+    """Verified reads through a ``SegmentTable``. Owned by one event loop."""
+
+    def __init__(self, storage: Storage, engine: ByteEngine, table: SegmentTable) -> None:
+        self._storage = storage
+        self._engine = engine
+        self._table = table
+        self.records = 0
+        self.requests = 0
+        self.read_bytes = 0
+        self.damaged = 0
+
+    async def read(
+        self,
+        reads: Sequence[RecordRead],
+        *,
+        priority: Priority = Priority.DEMAND,
+        deadline_s: float | None = None,
+    ) -> None:
+        """Read and verify; sets every ``outcome``. A record may appear once. Raises only ``CancelledError``.
+
+        Cancelling waits until the kernel has given all extents back.
+        """
+        wanted = [
+            ReadRequest(read.location.segment, read.location.page * PAGE_BYTES, read.record_bytes, read)
+            for read in reads
+        ]
+        runs = coalesce(wanted, gap_bytes_max=0, run_bytes_max=RUN_BYTES_MAX, run_requests_max=RUN_REQUESTS_MAX)
+        if len(runs) == 1:
+            await self._read_run(runs[0], priority, deadline_s)
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for run in runs:
+                tasks.create_task(self._read_run(run, priority, deadline_s))
+
+    async def _read_run(self, run: Run, priority: Priority, deadline_s: float | None) -> None:
+        reads = [_read_of(request) for request in run.requests]
+        entry = self._table.get(run.segment)
+        try:
+            if entry is None:
+                raise FileNotFoundError(errno.ENOENT, "segment was removed")
+            async with self._table.opened(run.segment) as file:
+                if run.nbytes > RUN_BYTES_MAX:
+                    await self._read_large(reads[0], file, entry, priority, deadline_s)
+                else:
+                    await self._read_small(reads, run, file, entry, priority, deadline_s)
+        except (OSError, ClosedError) as exc:
+            gone = isinstance(exc, OSError) and exc.errno in _GONE
+            for read in reads:
+                if read.outcome is None:
+                    read.outcome = _vanished(read) if gone else exc
+        self.records += len(reads)
+        self.damaged += sum(isinstance(read.outcome, CorruptionError) for read in reads)
+
+    async def _read_small(
+        self,
+        reads: Sequence[RecordRead],
+        run: Run,
+        file: File,
+        entry: SegmentEntry,
+        priority: Priority,
+        deadline_s: float | None,
+    ) -> None:
+        """Several neighbours with one request."""
+        buffers = [read.extent for read in reads]
+        self.requests += 1
+        count = await self._storage.read(file, buffers, run.offset, priority=priority, deadline_s=deadline_s)
+        self.read_bytes += count
+        crcs = await self._checksums(reads)
+        end = run.offset
+        for read, found in zip(reads, crcs, strict=True):
+            end += read.record_bytes
+            missing = end - (run.offset + count)
+            if missing > 0:
+                read.outcome = _cut_short(read, entry, read.record_bytes - missing)
+            else:
+                read.outcome = _verified(_decode(read, entry), found, entry)
+
+    async def _checksums(self, reads: Sequence[RecordRead]) -> list[tuple[int, ...]]:
+        if len(reads) == 1:
+            return [await self._engine.checksum(_payload(reads[0]), fmt.CHUNK_BYTES)]
+        return list(await _gather([self._engine.checksum(_payload(read), fmt.CHUNK_BYTES) for read in reads]))
+
+    async def _read_large(
+        self, read: RecordRead, file: File, entry: SegmentEntry, priority: Priority, deadline_s: float | None
+    ) -> None:
+        """One record in pieces side by side; each is checked while others still arrive."""
+        start = read.location.page * PAGE_BYTES
+        cuts = [0, *range(read.location.header_pages * PAGE_BYTES + RUN_BYTES_MAX, read.record_bytes, RUN_BYTES_MAX)]
+        cuts.append(read.record_bytes)
+
+        async def piece(first: int, end: int) -> tuple[int, tuple[int, ...]]:
+            self.requests += 1
+            count = await self._storage.read(
+                file, [read.extent[first:end]], start + first, priority=priority, deadline_s=deadline_s
+            )
+            self.read_bytes += count
+            if count < end - first:
+                return count, ()
+            return count, await self._engine.checksum(
+                read.extent[max(first, read.location.header_pages * PAGE_BYTES) : end], fmt.CHUNK_BYTES
+            )
+
+        pieces = await _gather([piece(first, end) for first, end in itertools.pairwise(cuts)])
+        total = sum(count for count, _ in pieces)
+        if total < read.record_bytes:
+            read.outcome = _cut_short(read, entry, total)
+            return
+        read.outcome = _verified(_decode(read, entry), tuple(crc for _, crcs in pieces for crc in crcs), entry)
+
+    def statistics(self) -> dict[str, int]:
+        return {
+            "records": self.records,
+            "requests": self.requests,
+            "read_bytes": self.read_bytes,
+            "damaged": self.damaged,
+        }
+
+
+def verify_payload(header: fmt.RecordHeader, crcs: Sequence[int], entry: SegmentEntry) -> CorruptionError | None:
+    """The first damaged chunk of a record as an error, or ``None``."""
+    for number, (stored, found) in enumerate(zip(header.chunk_crcs, crcs, strict=True)):
+        if stored != found:
+            return CorruptionError(
+                f"payload of block {header.digest[:16].hex()} is damaged",
+                path=entry.path,
+                segment=entry.name,
+                offset=header.offset + header.header_pages * PAGE_BYTES + number * header.chunk_bytes,
+                expected=f"{stored:08x}",
+                found=f"{found:08x}",
+            )
+    return None
+
+
+def _verified(
+    header: fmt.RecordHeader | CorruptionError, crcs: tuple[int, ...], entry: SegmentEntry
+) -> fmt.RecordHeader | CorruptionError:
+    if isinstance(header, CorruptionError):
+        return header
+    return verify_payload(header, crcs, entry) or header
+
+
+def _decode(read: RecordRead, entry: SegmentEntry) -> fmt.RecordHeader | CorruptionError:
+    """The header in the extent, if it is the record that the index speaks of."""
+    offset = read.location.page * PAGE_BYTES
+    try:
+        header = fmt.decode_record(read.extent, entry.identity, path=entry.path, offset=offset)
+    except CorruptionError as exc:
+        exc.segment = entry.name
+        return exc
+    found = header and (header.digest.hex(), header.key_bytes, header.value_bytes, header.header_pages)
+    expected = (read.digest.hex(), read.key_bytes, read.value_bytes, read.location.header_pages)
+    if header is None or found != expected or header.record_bytes != read.record_bytes:
+        return CorruptionError(
+            "not the record that was written here",
+            path=entry.path,
+            segment=entry.name,
+            offset=offset,
+            expected=expected,
+            found=found,
+        )
+    return header
+
+
+def _payload(read: RecordRead) -> memoryview:
+    return read.extent[read.location.header_pages * PAGE_BYTES :]
+
+
+def _read_of(request: ReadRequest) -> RecordRead:
+    assert isinstance(request.token, RecordRead), request
+    return request.token
+
+
+def _cut_short(read: RecordRead, entry: SegmentEntry, found: int) -> CorruptionError:
+    return CorruptionError(
+        "the file ends within a record",
+        path=entry.path,
+        segment=entry.name,
+        offset=read.location.page * PAGE_BYTES,
+        expected=f"{read.record_bytes} bytes",
+        found=f"{max(0, found)} bytes",
+    )
+
+
+def _vanished(read: RecordRead) -> BlockNotFoundError:
+    return BlockNotFoundError(
+        f"block {read.digest[:16].hex()} was in a segment that has been removed; refresh() or recompute it"
+    )
+
+
+async def _gather(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """All results in order. On a failure or cancellation the others are cancelled and waited for."""
+    tasks: list[asyncio.Task[_T]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in work]
+    except* OSError as errors:
+        raise _first(errors) from None
+    return [task.result() for task in tasks]
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

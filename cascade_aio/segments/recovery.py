@@ -1,0 +1,332 @@
+"""From files to facts: what a root holds, from footers, checkpoints and scans.
+
+Implements the recovery rules of FORMAT.md. Streams: facts are yielded as they are found; held back
+is only what lies beyond the last known sync of one segment. Never trusts an index it cannot check,
+never repairs a foreign file, never fails because of one bad segment (that is a ``DamageFact``).
+
+What it must not know: the index the facts end up in.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import AsyncIterator, Iterator, Mapping
+
+from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
+from cascade_aio.errors import CorruptionError
+from cascade_aio.segments import format as fmt
+from cascade_aio.segments.active import seal_file
+from cascade_aio.segments.buffers import page_buffer, page_padded
+from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, TombstoneFact, VanishedFact
+from cascade_aio.segments.footer import FooterTables, Trailer, decode_trailer, footer_facts, record_facts
+from cascade_aio.segments.layout import Root, WriterClaim, list_segments, list_writers
+from cascade_aio.segments.scan import VERIFY_BYTES, Gap, check_payload, scan_records
+from cascade_aio.segments.table import SegmentEntry, SegmentTable
+
+SEARCH_BYTES_FOREIGN = 256 << 20
+"""How far behind a hole in another writer's open segment we look for more at opening."""
+
+SEARCH_BYTES_REFRESH = 0
+"""A refresh does not look behind a hole: its writer is about to fill it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cover:
+    """A checkpoint speaks for a segment up to this offset."""
+
+    identity: fmt.SegmentIdentity
+    upto: int
+    sealed: bool
+
+
+@dataclasses.dataclass(slots=True)
+class RecoveryReport:
+    """What recovery did, for statistics and logs."""
+
+    segments: int = 0
+    from_footer: int = 0
+    scanned: int = 0
+    covered: int = 0
+    sealed: int = 0
+    removed: int = 0
+    torn_records: int = 0
+    seal_failures: int = 0
+    damaged: int = 0
+
+
+class Recovery:
+    """Reads a root into a ``SegmentTable`` and facts. Owned by one event loop; nothing runs in the background."""
+
+    def __init__(
+        self, storage: Storage, engine: ByteEngine, root: Root, table: SegmentTable, claim: WriterClaim | None
+    ) -> None:
+        self.report = RecoveryReport()
+        self._storage = storage
+        self._engine = engine
+        self._root = root
+        self._table = table
+        self._claim = claim
+
+    async def recover_root(self, covers: Mapping[fmt.SegmentIdentity, Cover] | None = None) -> AsyncIterator[Fact]:
+        """All facts of the root that ``covers`` do not speak for.
+
+        The table must hold the covered segments already (``SegmentTable.add`` in the checkpoint's
+        order, so that its numbers mean the same); those that are gone yield ``VanishedFact``.
+        """
+        covers = covers or {}
+        present = set()
+        for identity, size in await self._list():
+            present.add(identity)
+            async for fact in self._recover(identity, size, covers.get(identity), SEARCH_BYTES_FOREIGN):
+                yield fact
+        for identity in covers:
+            entry = self._table.find(identity)
+            if identity not in present and entry is not None:
+                await self._table.forget(entry.number)
+                yield VanishedFact(entry.number)
+
+    async def refresh_root(self) -> AsyncIterator[Fact]:
+        """What other writers added or removed since the last look. Own segments are not looked at."""
+        present = set()
+        for identity, size in await self._list():
+            present.add(identity)
+            entry = self._table.find(identity)
+            if self._is_own(identity) or (entry is not None and entry.sealed):
+                continue
+            async for fact in self._recover(identity, size, None, SEARCH_BYTES_REFRESH):
+                yield fact
+        for entry in self._table:
+            if entry.identity not in present and not self._is_own(entry.identity):
+                await self._table.forget(entry.number)
+                yield VanishedFact(entry.number)
+
+    def _is_own(self, identity: fmt.SegmentIdentity) -> bool:
+        return self._claim is not None and identity.writer == self._claim.writer
+
+    async def _list(self) -> list[tuple[fmt.SegmentIdentity, int]]:
+        found = []
+        for writer in await list_writers(self._storage, self._root):
+            try:
+                entries = await self._storage.list_directory(f"{self._root.writers_path}/{writer.hex()}")
+            except FileNotFoundError:
+                continue
+            found += [(fmt.SegmentIdentity(writer, sequence), size) for sequence, size in list_segments(entries)]
+        return found
+
+    async def _recover(
+        self, identity: fmt.SegmentIdentity, size: int, cover: Cover | None, search_bytes: int
+    ) -> AsyncIterator[Fact]:
+        own = self._is_own(identity)
+        entry = self._table.add(identity, own=own)
+        self.report.segments += 1
+        if cover is not None:
+            entry.scanned_bytes = max(entry.scanned_bytes, cover.upto)
+            if cover.sealed and size == cover.upto:
+                entry.sealed, entry.size_bytes = True, size
+                self.report.covered += 1
+                return
+        recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, self.report)
+        try:
+            async for fact in recovery.facts(adopt=own, search_bytes=None if own else search_bytes):
+                if isinstance(fact, DamageFact):
+                    self.report.damaged += 1
+                yield fact
+        except FileNotFoundError:
+            await self._table.forget(entry.number)
+            yield VanishedFact(entry.number)
+        except OSError as exc:
+            self.report.damaged += 1
+            yield DamageFact(entry.path, entry.name, 0, size, f"cannot be read: {exc.strerror}")
+        if recovery.removed:
+            await self._table.forget(entry.number)
+
+
+class SegmentRecovery:
+    """Facts of one segment, from ``entry.scanned_bytes`` on, which advances."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        engine: ByteEngine,
+        table: SegmentTable,
+        entry: SegmentEntry,
+        store: bytes,
+        report: RecoveryReport,
+    ) -> None:
+        self.removed = False
+        self._storage = storage
+        self._engine = engine
+        self._table = table
+        self._entry = entry
+        self._store = store
+        self._report = report
+        self._tables = FooterTables()
+        self._data_end = PAGE_BYTES
+
+    async def facts(self, *, adopt: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
+        """``adopt``: the segment is ours and nobody writes it: verify its tail, then seal or remove it.
+
+        Raises ``OSError`` if the file cannot be opened, ``ConfigError`` for another format version.
+        """
+        entry, start = self._entry, self._entry.scanned_bytes
+        async with self._table.opened(entry.number) as file:
+            size = await self._storage.size(file)
+            end = size // PAGE_BYTES * PAGE_BYTES
+            written, problem = await self._check_header(file, end)
+            if problem is not None and start == 0:
+                yield problem
+            if written:
+                trailer = await self._trailer(file, size)
+                if trailer is not None:
+                    entry.sealed, entry.size_bytes = True, size
+                    entry.record_bytes, end = trailer.data_end - PAGE_BYTES, trailer.data_end
+                    try:
+                        for fact in await self._footer_facts(file, trailer):
+                            if _offset_of(fact) >= start:
+                                yield fact
+                        self._report.from_footer += 1
+                        entry.scanned_bytes = size
+                        return
+                    except CorruptionError as exc:
+                        yield DamageFact(entry.path, entry.name, trailer.data_end, trailer.footer_bytes, str(exc))
+                self._report.scanned += 1
+                verify = adopt and trailer is None
+                async for fact in self._scan(file, end, verify=verify, search_bytes=search_bytes):
+                    if _offset_of(fact) >= start:
+                        yield fact
+                if trailer is not None:
+                    entry.scanned_bytes = size
+        if adopt and not entry.sealed:
+            await self._seal()
+
+    async def _check_header(self, file: File, end: int) -> tuple[bool, DamageFact | None]:
+        """Whether there may be records, and what is wrong with page 0."""
+        entry = self._entry
+        page = page_buffer(PAGE_BYTES)
+        if end < PAGE_BYTES:
+            return False, None
+        try:
+            await self._storage.read(file, [page], 0, priority=Priority.BACKGROUND)
+            header = fmt.decode_segment_header(page, path=entry.path)
+        except (CorruptionError, OSError) as exc:
+            return True, DamageFact(entry.path, entry.name, 0, PAGE_BYTES, str(exc))
+        if header is None:
+            return False, None
+        if header.identity != entry.identity or header.store != self._store:
+            return False, DamageFact(
+                entry.path, entry.name, 0, PAGE_BYTES, "this segment belongs to another store or writer: it is not read"
+            )
+        return True, None
+
+    async def _trailer(self, file: File, size: int) -> Trailer | None:
+        if size % PAGE_BYTES or size < 2 * PAGE_BYTES:
+            return None
+        page = page_buffer(PAGE_BYTES)
+        try:
+            await self._storage.read(file, [page], size - PAGE_BYTES, priority=Priority.BACKGROUND)
+        except OSError:
+            return None  # records can be scanned
+        return decode_trailer(page, self._entry.identity, size)
+
+    async def _footer_facts(self, file: File, trailer: Trailer) -> Iterator[Fact]:
+        body = page_buffer(trailer.footer_bytes)[: page_padded(trailer.footer_bytes)]
+        try:
+            if body:
+                await self._storage.read(file, [body], trailer.data_end, priority=Priority.BACKGROUND)
+        except OSError as exc:
+            reason = f"footer is unreadable ({exc.strerror})"
+            raise CorruptionError(reason, path=self._entry.path, offset=trailer.data_end) from exc
+        return footer_facts(body[: trailer.footer_bytes], trailer, self._entry.number, self._entry.path)
+
+    async def _scan(self, file: File, end: int, *, verify: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
+        entry = self._entry
+        start = PAGE_BYTES if verify or entry.sealed else max(PAGE_BYTES, entry.scanned_bytes)
+        synced = end if entry.sealed else PAGE_BYTES
+        held: collections.deque[fmt.RecordHeader | Gap] = collections.deque()
+        position = start
+        async for item in scan_records(self._storage, file, entry, start=start, end=end, search_bytes=search_bytes):
+            if isinstance(item, Gap) and not item.followed and not entry.sealed:
+                break
+            held.append(item)
+            if isinstance(item, fmt.RecordHeader):
+                position = item.end
+                synced = max(synced, item.synced_bytes)
+            while held and _end_of(held[0]) <= synced:
+                for fact in self._accept(held.popleft(), provisional=False):
+                    yield fact
+        if verify:
+            async for fact in self._verified_tail(file, held, synced):
+                yield fact
+            return
+        entry.size_bytes, entry.record_bytes = end, position - PAGE_BYTES
+        holes = [item.offset for item in held if isinstance(item, Gap) and item.offset >= synced]
+        entry.scanned_bytes = min([position, *holes])
+        for item in held:
+            if isinstance(item, fmt.RecordHeader) or item.offset < synced:
+                for fact in self._accept(item, provisional=True):
+                    yield fact
+
+    def _accept(self, item: fmt.RecordHeader | Gap, *, provisional: bool) -> Iterator[Fact]:
+        self._data_end = _end_of(item)
+        if isinstance(item, Gap):
+            self._tables.add_damage(item.offset, item.nbytes)
+            yield DamageFact(self._entry.path, self._entry.name, item.offset, item.nbytes, item.reason)
+            return
+        self._tables.add(item)
+        yield from record_facts(item, self._entry.number, provisional=provisional)
+
+    async def _verified_tail(
+        self, file: File, held: collections.deque[fmt.RecordHeader | Gap], synced: int
+    ) -> AsyncIterator[Fact]:
+        """Own records beyond the last known sync: the sound ones, made durable before they are told."""
+        buffer = page_buffer(VERIFY_BYTES) if held else memoryview(b"")
+        sound: list[fmt.RecordHeader | Gap] = []
+        for item in held:
+            if isinstance(item, Gap):
+                if item.offset < synced:
+                    sound.append(item)
+            elif await check_payload(self._storage, self._engine, file, self._entry, item, buffer) is None:
+                sound.append(item)
+            elif item.offset < synced:
+                sound.append(Gap(item.offset, item.record_bytes, "torn although it was acknowledged", True))
+            else:
+                self._report.torn_records += 1
+        if not sound:
+            return
+        try:
+            await self._storage.sync(file)
+        except OSError:
+            self._report.torn_records += len(sound)  # nobody was promised these, and nobody can be now
+            return
+        for item in sound:
+            for fact in self._accept(item, provisional=False):
+                yield fact
+
+    async def _seal(self) -> None:
+        """Seal an own segment after its scan, or remove it if nothing is in it."""
+        entry = self._entry
+        try:
+            if not self._tables.count:
+                await self._storage.unlink(entry.path)
+                self.removed = True
+                self._report.removed += 1
+                return
+            file = await self._storage.open(entry.path, writable=True)
+            try:
+                await seal_file(self._storage, file, entry, self._tables, self._data_end)
+                self._report.sealed += 1
+            finally:
+                await file.close()
+        except OSError:
+            self._report.seal_failures += 1  # nothing is lost: the next opening scans it again
+
+
+def _offset_of(fact: Fact) -> int:
+    if isinstance(fact, BlockFact | BindingFact | TombstoneFact):
+        return fact.location.page * PAGE_BYTES
+    return fact.offset if isinstance(fact, DamageFact) else 0
+
+
+def _end_of(item: fmt.RecordHeader | Gap) -> int:
+    return item.end if isinstance(item, fmt.RecordHeader) else item.offset + item.nbytes

@@ -1,0 +1,152 @@
+"""Numbers for segments, and open files for those being read.
+
+The index names a segment by a small local number; the table knows what it stands for. A number is
+never given to another segment while the process lives, so a stale location can miss but never mean
+something else. Descriptors are bounded: the least recently used file that nobody reads is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import posixpath
+from collections.abc import AsyncIterator, Iterator
+
+from cascade_aio.abc.storage import File, Storage
+from cascade_aio.segments.format import SegmentIdentity
+
+HANDLES_MAX = 256
+"""Files kept open for reading; a quarter of the usual descriptor limit of 1024."""
+
+
+def segment_path(root: str, identity: SegmentIdentity) -> str:
+    return posixpath.join(root, "writers", identity.writer.hex(), f"{identity.sequence:010d}.seg")
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class SegmentEntry:
+    """One segment. ``record_bytes`` counts all its records, ``live_bytes`` is kept by the store.
+
+    ``scanned_bytes`` is the offset up to which its facts have been yielded.
+    """
+
+    number: int
+    identity: SegmentIdentity
+    path: str
+    own: bool
+    size_bytes: int = 0
+    record_bytes: int = 0
+    live_bytes: int = 0
+    scanned_bytes: int = 0
+    sealed: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.identity.name
+
+
+class _Handle:
+    __slots__ = ("file", "readers")
+
+    def __init__(self, file: asyncio.Task[File]) -> None:
+        self.file = file
+        self.readers = 0
+
+
+class SegmentTable:
+    """number ↔ segment. Owned by one event loop."""
+
+    def __init__(self, storage: Storage, root: str, *, handles_max: int = HANDLES_MAX) -> None:
+        assert handles_max > 0, handles_max
+        self.root = root
+        self._storage = storage
+        self._handles_max = handles_max
+        self._entries: dict[int, SegmentEntry] = {}
+        self._numbers: dict[SegmentIdentity, int] = {}
+        self._next_number = 0
+        self._handles: collections.OrderedDict[int, _Handle] = collections.OrderedDict()
+
+    def add(self, identity: SegmentIdentity, *, own: bool) -> SegmentEntry:
+        """The entry of a segment, made if there is none. Numbers count up from 0 in order of addition."""
+        number = self._numbers.get(identity)
+        if number is None:
+            number = self._next_number
+            self._next_number += 1
+            self._numbers[identity] = number
+            self._entries[number] = SegmentEntry(number, identity, segment_path(self.root, identity), own)
+        entry = self._entries[number]
+        entry.own = entry.own or own
+        return entry
+
+    def find(self, identity: SegmentIdentity) -> SegmentEntry | None:
+        number = self._numbers.get(identity)
+        return None if number is None else self._entries[number]
+
+    def get(self, number: int) -> SegmentEntry | None:
+        """The entry, or ``None`` if the segment has vanished."""
+        return self._entries.get(number)
+
+    def __getitem__(self, number: int) -> SegmentEntry:
+        return self._entries[number]
+
+    def __iter__(self) -> Iterator[SegmentEntry]:
+        return iter(list(self._entries.values()))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    async def forget(self, number: int) -> None:
+        """Drop a vanished segment; its file is closed once nobody reads it."""
+        entry = self._entries.pop(number)
+        del self._numbers[entry.identity]
+        handle = self._handles.get(number)
+        if handle is not None and not handle.readers:
+            del self._handles[number]
+            await _close(handle)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, number: int) -> AsyncIterator[File]:
+        """The segment's file, open for reading for the length of the scope. ``OSError`` as from ``open``."""
+        handle = self._handles.get(number)
+        if handle is None:
+            entry = self._entries.get(number)
+            if entry is None:
+                raise FileNotFoundError(f"segment {number} is gone")
+            handle = _Handle(asyncio.ensure_future(self._storage.open(entry.path)))
+            self._handles[number] = handle
+        handle.readers += 1
+        try:
+            self._handles.move_to_end(number)
+            yield await asyncio.shield(handle.file)
+        finally:
+            handle.readers -= 1
+            await self._trim(number, handle)
+
+    async def _trim(self, number: int, handle: _Handle) -> None:
+        failed = handle.file.done() and (handle.file.cancelled() or handle.file.exception() is not None)
+        if self._handles.get(number) is handle and not handle.readers and (failed or number not in self._entries):
+            del self._handles[number]
+            await _close(handle)
+        excess = len(self._handles) - self._handles_max
+        if excess > 0:
+            idle = [n for n, other in self._handles.items() if not other.readers][:excess]
+            for other in [self._handles.pop(n) for n in idle]:
+                await _close(other)
+
+    @property
+    def open_handles(self) -> int:
+        return len(self._handles)
+
+    async def aclose(self) -> None:
+        """Close every file. Readers must be gone."""
+        while self._handles:
+            _, handle = self._handles.popitem()
+            await _close(handle)
+
+
+async def _close(handle: _Handle) -> None:
+    (file,) = await asyncio.gather(handle.file, return_exceptions=True)
+    if not isinstance(file, BaseException):
+        await file.close()

@@ -1,0 +1,641 @@
+"""The segment writer: many records into few large writes, many flushes into one sync.
+
+One per open store. ``append`` queues; the placer gives consecutive offsets to what is queued and
+writes it straight from the extents, several writes in flight; the syncer makes the written prefix
+durable whenever a flush, the amount or the age of what is unsynced asks for it. Segments are created
+ahead of need and sealed in the background, so that neither stalls the stream.
+
+Failure contract: a record is reported durable only when a sync that covers it has returned. After a
+failed write or sync its segment is abandoned and everything not durable in it is placed again in a
+new one; after ``failures_max`` failures in a row the writer is broken. No space is different: the
+records stay queued (their copies in memory are the only ones), flush raises ``TierFullError``, and
+the writer tries again every ``retry_seconds`` and when told of freed space.
+
+What it must not know: the index, eviction, the arena.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+from collections.abc import Callable, Sequence
+
+from cascade_aio.abc.storage import PAGE_BYTES, Storage
+from cascade_aio.errors import BrokenTierError, ClosedError, ConfigError, TierFullError
+from cascade_aio.segments import format as fmt
+from cascade_aio.segments.active import ActiveSegment, Placed, Write, create_segment
+from cascade_aio.segments.buffers import page_buffer
+from cascade_aio.segments.facts import Location
+from cascade_aio.segments.layout import Root, WriterClaim
+from cascade_aio.segments.pending import Append, PendingQueue, PendingRecord
+from cascade_aio.segments.table import SegmentTable
+
+PLACED_PER_TURN_MAX = 128
+"""Records placed in one loop turn: at some 5 µs each, well below a millisecond."""
+
+WRITE_BUFFERS_MAX = 512
+"""Buffers of one vectored write; the kernel takes 1024."""
+
+LINGER_SHARE = 0.25
+"""Small records wait at most this share of ``tail_seconds_max`` before they are written."""
+
+SYNC_SHARE = 0.5
+"""What is written is synced after this share of ``tail_seconds_max``; the rest is for write and sync."""
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WriterLimits:
+    """Bounds of the writer. Bytes are multiples of the page."""
+
+    segment_bytes: int = 1 << 30
+    write_bytes_max: int = 8 << 20
+    inflight_bytes_max: int = 64 << 20
+    linger_bytes: int = 1 << 20
+    sync_bytes: int = 256 << 20
+    tail_seconds_max: float = 1.0
+    failures_max: int = 4
+    retry_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        smallest = (1 + fmt.HEADER_PAGES_MAX) * PAGE_BYTES
+        if self.segment_bytes < smallest or self.segment_bytes % PAGE_BYTES:
+            raise ConfigError(f"segment_bytes={self.segment_bytes} must be a multiple of 4096, at least {smallest}")
+        if self.write_bytes_max < PAGE_BYTES or self.write_bytes_max % PAGE_BYTES:
+            raise ConfigError(f"write_bytes_max={self.write_bytes_max} must be a multiple of 4096, at least 4096")
+        for name in ("inflight_bytes_max", "sync_bytes", "tail_seconds_max", "failures_max", "retry_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive")
+
+
+@dataclasses.dataclass(slots=True)
+class WriterStatistics:
+    """Counts since opening. ``write_sizes`` maps a power of two to how many writes were at most that large."""
+
+    records: int = 0
+    record_bytes: int = 0
+    notes: int = 0
+    durable_records: int = 0
+    writes: int = 0
+    written_bytes: int = 0
+    syncs: int = 0
+    segments_created: int = 0
+    segments_sealed: int = 0
+    footer_bytes: int = 0
+    failures: int = 0
+    seal_failures: int = 0
+    no_space: int = 0
+    replaced_records: int = 0
+    write_sizes: dict[int, int] = dataclasses.field(default_factory=dict)
+
+
+class SegmentWriter:
+    """Appends to segments of one claimed writer directory. Owned by one event loop.
+
+    ``stamp`` gives hybrid-clock stamps. ``run`` must be running (in the owner's task group) for
+    anything to be written; ``aclose`` ends it.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        root: Root,
+        claim: WriterClaim,
+        table: SegmentTable,
+        stamp: Callable[[], int],
+        limits: WriterLimits | None = None,
+    ) -> None:
+        self.limits = WriterLimits() if limits is None else limits
+        self.statistics = WriterStatistics()
+        self._storage = storage
+        self._root = root
+        self._claim = claim
+        self._table = table
+        self._stamp = stamp
+        self._pending = PendingQueue()
+        self._active: ActiveSegment | None = None
+        self._segments: set[ActiveSegment] = set()
+        self._prepared: asyncio.Task[ActiveSegment | OSError] | None = None
+        self._inflight_bytes = 0
+        self._failures_in_a_row = 0
+        self._full: OSError | None = None
+        self._broken: BaseException | None = None
+        self._closing = False
+        self._seal_at_end = True
+        self._started = False
+        self._tasks: asyncio.TaskGroup
+        self._place_wake = asyncio.Event()
+        self._sync_wake = asyncio.Event()
+        self._inflight_freed = asyncio.Event()
+        self._retry = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    # -- for the store: all synchronous but flush and aclose ------------------------------------
+
+    @property
+    def backlog_bytes(self) -> int:
+        """Appended and not durable yet: arena copies that may not be dropped."""
+        return self._pending.backlog_bytes
+
+    @property
+    def unsynced_bytes(self) -> int:
+        """Written to the active segment and not covered by a sync yet."""
+        return 0 if self._active is None else self._active.unsynced_bytes
+
+    @property
+    def full(self) -> bool:
+        """The file system has no room; records wait in memory."""
+        return self._full is not None
+
+    @property
+    def broken(self) -> bool:
+        return self._broken is not None
+
+    def append(self, record: PendingRecord) -> None:
+        """Queue a block. Never blocks. Raises ``ClosedError`` or ``BrokenTierError``, and then took nothing."""
+        nbytes = len(record.extent)
+        self._push(Append(self._pending.last_ticket + 1, nbytes, self._now_s(), record))
+        self.statistics.records += 1
+        self.statistics.record_bytes += nbytes
+
+    def append_note(self, bindings: Sequence[fmt.NoteBinding] = (), tombstones: Sequence[fmt.Tombstone] = ()) -> None:
+        """Queue bindings of blocks that have records already, and deletions. Raises as ``append``."""
+        step = fmt.NOTE_ENTRIES_MAX // 2
+        for start in range(0, max(len(bindings), len(tombstones)), step):
+            some, others = bindings[start : start + step], tombstones[start : start + step]
+            append = Append(self._pending.last_ticket + 1, 0, self._now_s(), None, some, others)
+            self._push(append)
+            self.statistics.notes += 1
+
+    async def flush(self) -> None:
+        """Return once everything appended before this call is on stable storage.
+
+        Raises what prevents it: ``TierFullError`` (records stay queued), ``BrokenTierError``,
+        ``ClosedError``. May be cancelled; the writing goes on.
+        """
+        pending = self._pending
+        if self._broken is not None:
+            raise self._broken_error()
+        if pending.last_ticket <= pending.settled_ticket:
+            return
+        if self._ended.is_set():
+            raise ClosedError("the segment writer has ended; open the store again")
+        first = pending.first_queued
+        if self._full is not None and first is not None:
+            raise self._full_error()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        pending.want(future)
+        self._wake()
+        await future
+
+    def expedite(self) -> None:
+        """Make everything appended so far durable soon: somebody waits for its memory."""
+        self._pending.want(None)
+        self._wake()
+
+    def space_freed(self) -> None:
+        """Room was made on the file system: a full writer tries again now."""
+        self._retry.set()
+
+    async def aclose(self, *, seal: bool = True) -> None:
+        """Flush, seal the active segment (or leave it to the next adopter), end ``run``.
+
+        Raises what flush raises, after everything has ended; what could not be written has then been
+        told ``on_failed``. Repeated calls do nothing.
+        """
+        if self._closing:
+            await self._ended.wait()
+            return
+        self._closing = True
+        self._seal_at_end = seal
+        if not self._started:
+            self._forget_rest()
+            return
+        try:
+            await self.flush()
+        finally:
+            self._stopping.set()
+            await self._ended.wait()
+
+    # -- the background ------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Write until ``aclose``. Cancelling it stops at once: what is not durable is told ``on_failed``."""
+        assert not self._started, "one run per writer"
+        self._started = True
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                loops = [tasks.create_task(self._place_loop()), tasks.create_task(self._sync_loop())]
+                await self._stopping.wait()
+                for loop in loops:
+                    loop.cancel()
+                await asyncio.wait(loops)
+                await self._finish()
+            await self._save_claim()
+        finally:
+            for segment in list(self._segments):
+                await self._close(segment)
+            self._forget_rest()
+
+    async def _save_claim(self) -> None:
+        try:
+            await self._claim.save(self._storage)
+        except OSError:
+            self.statistics.failures += 1  # the files in the directory still keep their numbers from being reused
+
+    async def _close(self, segment: ActiveSegment) -> None:
+        self._segments.discard(segment)
+        await segment.close()
+
+    async def _finish(self) -> None:
+        if self._prepared is not None:
+            spare = await self._prepared
+            if isinstance(spare, ActiveSegment):
+                await self._discard(spare)
+        if self._active is not None:
+            segment, self._active = self._active, None
+            if self._seal_at_end:
+                await self._seal(segment)
+            else:
+                await segment.idle.wait()
+                await self._close(segment)
+
+    def _forget_rest(self) -> None:
+        self._closing = True
+        self._pending.refuse(self._broken_error if self._broken else _closed_error)
+        for append in self._pending.abandon():
+            if append.record is not None:
+                append.record.on_failed(self._broken_error() if self._broken else _closed_error())
+        self._ended.set()
+
+    def _push(self, append: Append) -> None:
+        if self._broken is not None:
+            raise self._broken_error()
+        if self._closing:
+            raise _closed_error()
+        self._pending.push(append)
+        self._place_wake.set()
+
+    def _wake(self) -> None:
+        self._place_wake.set()
+        self._sync_wake.set()
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    # -- placing -------------------------------------------------------------------------------
+
+    def _place_in_s(self) -> float | None:
+        """When the placer has work: seconds from now, ``None`` for not before it is woken."""
+        pending = self._pending
+        first = pending.first_queued
+        if first is None or self._broken is not None:
+            return None
+        if pending.queued_bytes >= self.limits.linger_bytes or first.ticket <= pending.last_wanted:
+            return 0.0
+        return first.appended_s + LINGER_SHARE * self.limits.tail_seconds_max - self._now_s()
+
+    async def _place_loop(self) -> None:
+        while True:
+            await _until_due(self._place_wake, self._place_in_s)
+            if self._full is not None:
+                await self._pause()
+            segment = await self._segment_for(self._next_bytes())
+            if segment is not None:
+                await self._place_some(segment)
+            await asyncio.sleep(0)
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(self.limits.retry_seconds):
+                await self._retry.wait()
+        except TimeoutError:
+            return
+        finally:
+            self._retry.clear()
+
+    def _next_bytes(self) -> int:
+        if self._pending.notes:
+            return fmt.HEADER_PAGES_MAX * PAGE_BYTES
+        return self._pending.records[0].nbytes if self._pending.records else PAGE_BYTES
+
+    async def _segment_for(self, nbytes: int) -> ActiveSegment | None:
+        """A segment with room for ``nbytes``; ``None`` after a failure that has been dealt with."""
+        if self._active is not None and self._active.room_bytes >= nbytes:
+            return self._active
+        try:
+            if nbytes > self.limits.segment_bytes - PAGE_BYTES:
+                segment = await self._create(PAGE_BYTES + nbytes)
+            else:
+                if self._active is not None:
+                    full, self._active = self._active, None
+                    self._tasks.create_task(self._seal(full))
+                segment = self._active = await self._next_segment(nbytes)
+        except OSError as exc:
+            self._count_failure(exc)
+            return None
+        self._full = None
+        return segment
+
+    async def _next_segment(self, nbytes: int) -> ActiveSegment:
+        if self._prepared is not None:
+            task, self._prepared = self._prepared, None
+            spare = await task
+            if isinstance(spare, ActiveSegment):
+                return spare
+        try:
+            return await self._create(self.limits.segment_bytes)
+        except OSError as exc:
+            small = max(PAGE_BYTES + nbytes, self.limits.segment_bytes // 16 // PAGE_BYTES * PAGE_BYTES)
+            if exc.errno not in _NO_SPACE or small >= self.limits.segment_bytes:
+                raise
+            return await self._create(small)
+
+    async def _create(self, capacity_bytes: int) -> ActiveSegment:
+        identity = fmt.SegmentIdentity(self._claim.writer, self._claim.take_sequence())
+        entry = self._table.add(identity, own=True)
+        header = fmt.SegmentHeader(self._root.store, identity, self._root.digest, capacity_bytes, self._stamp())
+        segment: ActiveSegment | None = None
+        try:
+            segment = await create_segment(self._storage, entry, header, self._claim.path)
+        finally:
+            if segment is None:
+                await self._table.forget(entry.number)
+        self._segments.add(segment)
+        self.statistics.segments_created += 1
+        return segment
+
+    async def _prepare(self) -> ActiveSegment | OSError:
+        try:
+            return await self._create(self.limits.segment_bytes)
+        except OSError as exc:
+            return exc  # not a failure yet: the placer tries again when it needs the segment
+
+    async def _discard(self, segment: ActiveSegment) -> None:
+        await self._close(segment)
+        try:
+            await self._storage.unlink(segment.entry.path)
+        except OSError:
+            self.statistics.seal_failures += 1  # an empty file: the next adopter removes it
+        await self._table.forget(segment.entry.number)
+
+    async def _place_some(self, segment: ActiveSegment) -> None:
+        segment.enter()
+        try:
+            writes = self._plan(segment)
+            if segment is not self._active:
+                self._tasks.create_task(self._seal(segment))
+            elif self._prepared is None and segment.room_bytes < segment.capacity_bytes // 2:
+                self._prepared = self._tasks.create_task(self._prepare())
+            for write in writes:
+                while self._inflight_bytes and self._inflight_bytes + write.nbytes > self.limits.inflight_bytes_max:
+                    self._inflight_freed.clear()
+                    await self._inflight_freed.wait()
+                if segment.failed is not None:
+                    return
+                segment.enter()
+                self._inflight_bytes += write.nbytes
+                self._tasks.create_task(self._write(segment, write))
+        finally:
+            segment.leave()
+
+    def _plan(self, segment: ActiveSegment) -> list[Write]:
+        """Place what is queued and fits, and return the writes that bring it there."""
+        pending = self._pending
+        writes: list[Write] = []
+        if segment is self._active:
+            while pending.notes and segment.room_bytes >= fmt.HEADER_PAGES_MAX * PAGE_BYTES:
+                self._plan_record(segment, self._take_note(), writes)
+        for _ in range(PLACED_PER_TURN_MAX):
+            if not pending.records or pending.records[0].nbytes > segment.room_bytes:
+                break
+            append = pending.records.popleft()
+            pending.queued_bytes -= append.nbytes
+            self._plan_record(segment, _placed_block(append, self._root.digest), writes)
+        for write in writes:
+            segment.plan(write)
+        return writes
+
+    def _take_note(self) -> Placed:
+        """As many queued note entries as fit one NOTE record."""
+        notes = self._pending.notes
+        taken = [notes.popleft()]
+        entries = len(taken[0].bindings) + len(taken[0].tombstones)
+        while notes and entries + len(notes[0].bindings) + len(notes[0].tombstones) <= fmt.NOTE_ENTRIES_MAX:
+            taken.append(notes.popleft())
+            entries += len(taken[-1].bindings) + len(taken[-1].tombstones)
+        bindings = tuple(binding for append in taken for binding in append.bindings)
+        tombstones = tuple(tombstone for append in taken for tombstone in append.tombstones)
+        pages = fmt.note_pages_for(len(bindings), len(tombstones))
+        header = fmt.RecordHeader(
+            fmt.NOTE, pages, pages * PAGE_BYTES, 0, self._stamp(), 0, note_bindings=bindings, tombstones=tombstones
+        )
+        return Placed(header, taken, page_buffer(pages * PAGE_BYTES))
+
+    def _plan_record(self, segment: ActiveSegment, placed: Placed, writes: list[Write]) -> None:
+        segment.place(placed)
+        offset, rest = placed.header.offset, placed.buffer
+        while rest:
+            last = writes[-1] if writes else None
+            space = 0 if last is None else self.limits.write_bytes_max - last.nbytes
+            if (
+                last is None
+                or len(last.buffers) >= WRITE_BUFFERS_MAX
+                or space < min(len(rest), PAGE_BYTES)
+                or (space < len(rest) <= self.limits.write_bytes_max)
+            ):
+                last = Write(offset, 0, [], placed.first_ticket)
+                writes.append(last)
+                space = self.limits.write_bytes_max
+            piece, rest = rest[:space], rest[space:]
+            last.buffers.append(piece)
+            last.nbytes += len(piece)
+            offset += len(piece)
+
+    async def _write(self, segment: ActiveSegment, write: Write) -> None:
+        try:
+            await segment.write(write)
+        except OSError as exc:
+            self._fail(segment, exc)
+        else:
+            statistics = self.statistics
+            statistics.writes += 1
+            statistics.written_bytes += write.nbytes
+            bucket = 1 << (write.nbytes - 1).bit_length()
+            statistics.write_sizes[bucket] = statistics.write_sizes.get(bucket, 0) + 1
+        finally:
+            self._inflight_bytes -= write.nbytes
+            self._inflight_freed.set()
+            segment.leave()
+            self._sync_wake.set()
+
+    # -- syncing -------------------------------------------------------------------------------
+
+    def _sync_in_s(self) -> float | None:
+        """When the active segment is to be synced: seconds from now, ``None`` for not before it is woken."""
+        segment = self._active
+        if segment is None or not segment.unsynced_bytes or segment.first_unsettled is None:
+            return None
+        if segment.unsynced_bytes >= self.limits.sync_bytes:
+            return 0.0
+        wanted = self._pending.first_wanted
+        first = segment.first_unsettled
+        if wanted is not None and first.first_ticket <= wanted:
+            unwritten = segment.first_unwritten_ticket
+            queued = self._pending.first_queued
+            if (unwritten is None or unwritten > wanted) and (queued is None or queued.ticket > wanted):
+                return 0.0
+        since_s = segment.unsynced_since_s
+        return None if since_s is None else since_s + SYNC_SHARE * self.limits.tail_seconds_max - self._now_s()
+
+    async def _sync_loop(self) -> None:
+        while True:
+            await _until_due(self._sync_wake, self._sync_in_s)
+            if self._active is not None:
+                await self._sync(self._active)
+
+    async def _sync(self, segment: ActiveSegment) -> None:
+        """Make the written prefix durable and report it; a failure abandons the segment."""
+        async with segment.sync_lock:
+            if segment.failed is not None:
+                return
+            self.statistics.syncs += 1
+            try:
+                settled = await segment.sync()
+            except OSError as exc:
+                self._fail(segment, exc)
+                return
+        if settled:
+            self._failures_in_a_row = 0
+            self._settle(segment, settled)
+
+    def _settle(self, segment: ActiveSegment, settled: Sequence[Placed]) -> None:
+        entry = segment.entry
+        self.statistics.durable_records += len(settled)
+        for placed in settled:
+            self._pending.settle(placed.appends)
+            record = placed.appends[0].record
+            if record is not None:
+                entry.live_bytes += placed.header.record_bytes
+                record.on_durable(Location(entry.number, placed.header.offset // PAGE_BYTES, record.header_pages))
+        self._wake()
+
+    async def _seal(self, segment: ActiveSegment) -> None:
+        """End a segment that gets no more records."""
+        await segment.idle.wait()
+        await self._sync(segment)
+        if segment.failed is not None:
+            return
+        if segment.synced == PAGE_BYTES:
+            await self._discard(segment)
+            return
+        try:
+            self.statistics.footer_bytes += await segment.seal()
+            self.statistics.segments_sealed += 1
+        except OSError:
+            self.statistics.seal_failures += 1  # all of it is durable: the next adopter scans and seals it
+        await self._close(segment)
+
+    # -- failures ------------------------------------------------------------------------------
+
+    def _fail(self, segment: ActiveSegment, exc: OSError) -> None:
+        """The segment gets no further byte; what is not durable in it goes elsewhere."""
+        if segment.failed is not None:
+            return
+        segment.failed = exc
+        if self._active is segment:
+            self._active = None
+        self._tasks.create_task(self._rescue(segment))
+        self._count_failure(exc)
+
+    async def _rescue(self, segment: ActiveSegment) -> None:
+        await segment.idle.wait()
+        async with segment.sync_lock:
+            orphans = segment.give_up()
+        appends = [append for placed in orphans for append in placed.appends]
+        self.statistics.replaced_records += len(appends)
+        self._pending.push_back(appends)
+        await self._close(segment)
+        if self._broken is not None:
+            self._give_up_queue()
+        elif self._full is not None:
+            self._refuse_full()
+        self._wake()
+
+    def _count_failure(self, exc: OSError) -> None:
+        if exc.errno in _NO_SPACE:
+            self.statistics.no_space += 1
+            self._full = exc
+            self._refuse_full()
+            return
+        self.statistics.failures += 1
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= self.limits.failures_max and self._broken is None:
+            self._broken = exc
+            self._pending.refuse(self._broken_error)
+            self._give_up_queue()
+
+    def _refuse_full(self) -> None:
+        first = self._pending.first_queued
+        if first is not None:
+            self._pending.refuse(self._full_error, first.ticket)
+
+    def _give_up_queue(self) -> None:
+        """Tell the owners of what has no place; what is in other segments may still become durable."""
+        pending = self._pending
+        queued = [*pending.records, *pending.notes]
+        pending.records.clear()
+        pending.notes.clear()
+        pending.queued_bytes = 0
+        pending.settle(queued)
+        for append in queued:
+            if append.record is not None:
+                append.record.on_failed(self._broken_error())
+
+    def _full_error(self) -> TierFullError:
+        detail = "" if self._full is None else f": {self._full.strerror}"
+        return TierFullError(
+            f"{self._root.path} has no room{detail}; {self.backlog_bytes} bytes wait in memory until space is freed, "
+            "everything already stored can be read"
+        )
+
+    def _broken_error(self) -> BrokenTierError:
+        error = BrokenTierError(
+            f"writing to {self._claim.path} failed {self._failures_in_a_row} times in a row, the last time with "
+            f"{self._broken}: check the device; what is stored can be read, nothing more is written until reopening"
+        )
+        error.__cause__ = self._broken
+        return error
+
+
+def _placed_block(append: Append, digest_kind: str) -> Placed:
+    record = append.record
+    assert record is not None
+    header = fmt.RecordHeader(
+        fmt.BLOCK, record.header_pages, append.nbytes, 0, record.stamp, 0, digest_kind, record.digest,
+        record.key_bytes, record.value_bytes, record.value_offset, record.chunk_crcs,
+        bindings=record.bindings, meta=record.meta,
+    )  # fmt: skip
+    return Placed(header, [append], record.extent)
+
+
+def _closed_error() -> ClosedError:
+    return ClosedError("the store is closing; what was not flushed before is not stored")
+
+
+async def _until_due(wake: asyncio.Event, due_in_s: Callable[[], float | None]) -> None:
+    """Sleep until ``due_in_s`` says 0 or less; asked again whenever ``wake`` is set or its time has come."""
+    while True:
+        wake.clear()
+        delay_s = due_in_s()
+        if delay_s is not None and delay_s <= 0:
+            return
+        try:
+            async with asyncio.timeout(delay_s):
+                await wake.wait()
+        except TimeoutError:
+            continue
