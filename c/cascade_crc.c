@@ -22,6 +22,25 @@
 
 typedef uint32_t (*run_function)(uint8_t *dst, const uint8_t *src, size_t n, uint32_t raw);
 
+#if defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
+#include <arm_acle.h>
+
+static void build_tables(void)
+{
+}
+
+static uint32_t crc_serial(const uint8_t *src, size_t n, uint32_t raw)
+{
+    for (; n >= 8; n -= 8, src += 8) {
+        uint64_t word;
+        memcpy(&word, src, 8);
+        raw = __crc32cd(raw, word);
+    }
+    for (; n; n--, src++)
+        raw = __crc32cb(raw, *src);
+    return raw;
+}
+#else
 static uint32_t tables[8][256]; /* tables[k][b]: byte b followed by k zero bytes */
 
 static void build_tables(void)
@@ -38,7 +57,7 @@ static void build_tables(void)
 }
 
 /* Eight bytes per step by eight table look-ups; any CPU, any byte order. */
-static uint32_t crc_table(const uint8_t *src, size_t n, uint32_t raw)
+static uint32_t crc_serial(const uint8_t *src, size_t n, uint32_t raw)
 {
     for (; n >= 8; n -= 8, src += 8) {
         raw ^= (uint32_t)src[0] | (uint32_t)src[1] << 8 | (uint32_t)src[2] << 16 | (uint32_t)src[3] << 24;
@@ -49,24 +68,6 @@ static uint32_t crc_table(const uint8_t *src, size_t n, uint32_t raw)
         raw = (raw >> 8) ^ tables[0][(raw ^ *src) & 0xFF];
     return raw;
 }
-
-#if defined(__aarch64__) && defined(__ARM_FEATURE_CRC32)
-#include <arm_acle.h>
-
-static uint32_t crc_arm(const uint8_t *src, size_t n, uint32_t raw)
-{
-    for (; n >= 8; n -= 8, src += 8) {
-        uint64_t word;
-        memcpy(&word, src, 8);
-        raw = __crc32cd(raw, word);
-    }
-    for (; n; n--, src++)
-        raw = __crc32cb(raw, *src);
-    return raw;
-}
-#define crc_serial crc_arm
-#else
-#define crc_serial crc_table
 #endif
 
 static uint32_t run_serial(uint8_t *dst, const uint8_t *src, size_t n, uint32_t raw);
@@ -94,8 +95,13 @@ static uint32_t run_serial(uint8_t *dst, const uint8_t *src, size_t n, uint32_t 
 
 #define FOLD_BYTES_128 128u /* eight registers of 16 bytes */
 #define FOLD_BYTES_512 256u /* four registers of 64 bytes */
-#define TARGET_128 __attribute__((target("sse4.2,pclmul")))
-#define TARGET_512 __attribute__((target("sse4.2,pclmul,avx512f,vpclmulqdq")))
+#if defined(__clang__)
+#define TARGETS "crc32,sse4.2,pclmul" /* clang counts the crc32 instruction apart; older gcc does not know the name */
+#else
+#define TARGETS "sse4.2,pclmul"
+#endif
+#define TARGET_128 __attribute__((target(TARGETS)))
+#define TARGET_512 __attribute__((target(TARGETS ",avx512f,vpclmulqdq")))
 
 /* Multipliers that carry a 128-bit register over a distance: for its low and its high half. */
 static uint64_t fold_128[2], fold_512[2];
