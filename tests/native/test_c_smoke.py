@@ -69,11 +69,13 @@ def test_smoke_runs_clean_under_sanitizers(compiler: str, cmake: list[str], tmp_
 
 
 def test_missing_liburing_is_an_error_that_names_the_package(compiler: str, cmake: list[str], tmp_path: Path) -> None:
-    nowhere = [f"-DCMAKE_FIND_ROOT_PATH={tmp_path}", "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY"]
-    configured = run(
-        *cmake, "-S", str(SOURCE), "-B", str(tmp_path / "build"), "-DCASCADE_SMOKE=ON", f"-DCMAKE_C_COMPILER={compiler}",
-        "-DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY", *nowhere, timeout_s=BUILD_S_MAX,
-    )  # fmt: skip
+    nowhere = [
+        f"-DCMAKE_FIND_ROOT_PATH={tmp_path}",
+        "-DCMAKE_FIND_ROOT_PATH_MODE_INCLUDE=ONLY",
+        "-DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY",
+    ]
+    settings = ["-DCASCADE_SMOKE=ON", f"-DCMAKE_C_COMPILER={compiler}", *nowhere]
+    configured = run(*cmake, "-S", str(SOURCE), "-B", str(tmp_path / "build"), *settings, timeout_s=BUILD_S_MAX)
     assert configured.returncode != 0
     assert "apt-get install liburing-dev" in configured.stderr
     assert "dnf install liburing-devel" in configured.stderr
