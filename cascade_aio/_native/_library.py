@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 try:
-    from cascade_aio._native._cascade import ffi, lib
+    from cascade_aio._native import _cascade
 except ImportError as error:
     raise ImportError(
         f"the compiled module cascade_aio._native._cascade cannot be loaded ({error}); build it: "
         "`make build` in a checkout, or `pip install .` (needs a C compiler and liburing-dev)"
     ) from error
 
-__all__ = ["ffi", "lib"]
+ffi = _cascade.ffi
+lib = _cascade.lib
