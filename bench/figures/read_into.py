@@ -8,9 +8,11 @@ copies out of leases on the very same blocks.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
+import cascade_aio as ca
 from bench.blocks import put_all
-from bench.copies import calibrate_copy, copy_gb_per_s
+from bench.copies import Pair, calibrate_copy, copy_gb_per_s
 from bench.data import Pool, scratch_memory
 from bench.figures import Case
 from bench.results import BenchError, Row, Target, make_series
@@ -65,12 +67,7 @@ async def _measure(session: Session, lines: tuple[Line, ...]) -> list[Row]:
             async def raw(repetition: int) -> float:
                 blocks = [await store.get(block_id) for block_id in ids]
                 try:
-                    pairs = [
-                        pair
-                        for block in blocks
-                        for pair in ((key, memoryview(block.key)), (value, memoryview(block.value)))
-                    ]
-                    return copy_gb_per_s(pairs * PASSES, variant, threads)
+                    return copy_gb_per_s(_pairs(blocks, key, value) * PASSES, variant, threads)
                 finally:
                     for block in blocks:
                         block.release()
@@ -87,3 +84,8 @@ async def _measure(session: Session, lines: tuple[Line, ...]) -> list[Row]:
             verified_bytes=verified,
         )
     ]
+
+
+def _pairs(blocks: Sequence[ca.Block], key: memoryview, value: memoryview) -> list[Pair]:
+    """(destination, source) of both parts of each block, sources in the arena."""
+    return [pair for block in blocks for pair in ((key, memoryview(block.key)), (value, memoryview(block.value)))]
