@@ -1,5 +1,66 @@
-"""cascade_aio: a tiered KV-cache store for LLM inference."""
+"""cascade_aio: a tiered KV-cache store for LLM inference.
+
+``async with cascade_aio.open_store(root) as store`` opens an embedded store; see ``Store``.
+"""
 
 from cascade_aio._version import __version__
+from cascade_aio.config import StoreConfig
+from cascade_aio.errors import (
+    BlockNotFoundError,
+    BlockTooLargeError,
+    BrokenTierError,
+    CascadeError,
+    ClosedError,
+    ConfigError,
+    CorruptionError,
+    DigestConflictError,
+    InternalError,
+    LeaseError,
+    ProtocolError,
+    ServiceUnavailableError,
+    ThrottledError,
+    TierFullError,
+)
+from cascade_aio.model import (
+    BlockId,
+    BlockMeta,
+    Namespace,
+    PrefixKey,
+    Tier,
+    compute_block_id,
+    prefix_keys,
+)
+from cascade_aio.store import Block, BlockInfo, PrefixLookup, Slot, Store, VerifyReport, open_store
 
-__all__ = ["__version__"]
+__all__ = [
+    "Block",
+    "BlockId",
+    "BlockInfo",
+    "BlockMeta",
+    "BlockNotFoundError",
+    "BlockTooLargeError",
+    "BrokenTierError",
+    "CascadeError",
+    "ClosedError",
+    "ConfigError",
+    "CorruptionError",
+    "DigestConflictError",
+    "InternalError",
+    "LeaseError",
+    "Namespace",
+    "PrefixKey",
+    "PrefixLookup",
+    "ProtocolError",
+    "ServiceUnavailableError",
+    "Slot",
+    "Store",
+    "StoreConfig",
+    "ThrottledError",
+    "Tier",
+    "TierFullError",
+    "VerifyReport",
+    "__version__",
+    "compute_block_id",
+    "open_store",
+    "prefix_keys",
+]

@@ -84,6 +84,11 @@ class PrefixKey(_Name):
     LENGTH = PREFIX_KEY_BYTES
 
 
+def is_prefix_key(name: object) -> bool:
+    """Whether ``name`` can be a prefix key: 32 bytes (a ``PrefixKey``, or its raw bytes)."""
+    return isinstance(name, bytes) and len(name) == PREFIX_KEY_BYTES
+
+
 class BlockMeta(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """Optional description of a block's bytes; stored with it and returned unchanged.
 

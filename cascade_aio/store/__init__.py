@@ -1,1 +1,10 @@
-"""store"""
+"""The embedded store: one event loop decides, others carry bytes. ``open_store`` is the way in."""
+
+from cascade_aio.store.block import Block
+from cascade_aio.store.getting import PrefixLookup
+from cascade_aio.store.opening import open_store
+from cascade_aio.store.putting import Slot
+from cascade_aio.store.store import BlockInfo, Store
+from cascade_aio.store.verifying import VerifyReport
+
+__all__ = ["Block", "BlockInfo", "PrefixLookup", "Slot", "Store", "VerifyReport", "open_store"]

@@ -1,0 +1,254 @@
+"""What the store knows: the index of all blocks, and which of them have a copy in the arena.
+
+Synchronous and owned by the event loop: every method is a step from one consistent state to
+another, without I/O. Invariants:
+
+* a row of the index exists exactly while the block has at least one copy (arena or disk);
+* a copy is pinned in the eviction policy exactly while somebody holds it (a lease, the segment
+  writer until it is durable, a relocation);
+* an extent goes back to the allocator when its copy has left the catalog *and* nobody holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cascade_aio.abc.eviction import EvictionPolicy
+from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.core.index import BlockIndex
+from cascade_aio.core.lifecycle import CopyEvent, CopyState, advance
+from cascade_aio.errors import DigestConflictError
+from cascade_aio.model import BLOCK_ID_BYTES, BlockId
+from cascade_aio.segments.facts import Location
+from cascade_aio.segments.format import payload_bytes_of
+from cascade_aio.segments.table import SegmentTable
+from cascade_aio.tiers.shm import Extent, ShmTier
+
+
+class Copy:
+    """A sealed copy of a block in the arena. ``holds`` counts those who need its bytes to stay."""
+
+    __slots__ = (
+        "block_id",
+        "chunk_crcs",
+        "digest",
+        "extent",
+        "header_bytes",
+        "holds",
+        "key_bytes",
+        "leases",
+        "meta",
+        "row",
+        "state",
+        "value_bytes",
+        "value_offset",
+    )
+
+    def __init__(
+        self,
+        extent: Extent,
+        *,
+        header_bytes: int,
+        digest: bytes,
+        key_bytes: int,
+        value_bytes: int,
+        value_offset: int,
+        chunk_crcs: tuple[int, ...],
+        meta: bytes,
+    ) -> None:
+        self.extent = extent
+        self.header_bytes = header_bytes
+        self.digest = digest
+        self.block_id = BlockId(digest[:BLOCK_ID_BYTES])
+        self.key_bytes = key_bytes
+        self.value_bytes = value_bytes
+        self.value_offset = value_offset
+        self.chunk_crcs = chunk_crcs
+        self.meta = meta
+        self.row = -1
+        self.holds = 0
+        self.leases = 0
+        self.state = CopyState.FILLING
+
+    def key_view(self) -> memoryview:
+        """Read-only view of the key part."""
+        start = self.header_bytes
+        return self.extent.memory[start : start + self.key_bytes].toreadonly()
+
+    def value_view(self) -> memoryview:
+        """Read-only view of the value part."""
+        start = self.header_bytes + self.value_offset
+        return self.extent.memory[start : start + self.value_bytes].toreadonly()
+
+
+class Catalog:
+    """Index, resident copies and the shm eviction policy, kept in step with each other."""
+
+    def __init__(
+        self,
+        shm: ShmTier,
+        segments: SegmentTable,
+        shm_policy: EvictionPolicy,
+        disk_policy: EvictionPolicy | None,
+    ) -> None:
+        self.index = BlockIndex()
+        self.shm = shm
+        self.segments = segments
+        self.shm_policy = shm_policy
+        self.disk_policy = disk_policy
+        self.copies: dict[int, Copy] = {}
+        self.hot: dict[bytes, Copy] = {}
+        self.copy_bytes = 0
+        self.pinned_bytes = 0
+        self.evicted_blocks = 0
+        self.evicted_bytes = 0
+        self.on_room: Callable[[], None] = lambda: None
+        self.on_forget: Callable[[int], None] = lambda row: None
+
+    # -- rows ---------------------------------------------------------------------------------
+
+    def row_of(self, digest: bytes, key_bytes: int, value_bytes: int) -> int:
+        """The row of this very block, or -1. Raises ``DigestConflictError`` for a different block of the same id."""
+        row = self.index.find(digest[:BLOCK_ID_BYTES])
+        if row >= 0:
+            lengths = self.index.lengths(row)
+            if lengths != (key_bytes, value_bytes) or self.index.digest(row) != digest:
+                raise DigestConflictError(
+                    f"block {digest[:BLOCK_ID_BYTES].hex()} is stored with key and value of {lengths[0]} and "
+                    f"{lengths[1]} bytes and digest {self.index.digest(row).hex()}, and was now given {key_bytes} "
+                    f"and {value_bytes} bytes with digest {digest.hex()}: the same bytes split differently, or a "
+                    "collision; put one of the two under another key/value split"
+                )
+        return row
+
+    def drop_row(self, row: int) -> None:
+        """Forget the block entirely; a held copy keeps its extent until it is released."""
+        copy = self.copies.get(row)
+        if copy is not None:
+            self._detach(copy, CopyEvent.LOSE)
+        self._leave_disk(row)
+        self._remove(row)
+
+    def _remove(self, row: int) -> None:
+        self.on_forget(row)
+        self.index.remove(row)
+
+    def _forget_if_gone(self, row: int) -> None:
+        if row not in self.copies and self.index.location(row) is None:
+            self._remove(row)
+
+    # -- arena copies -------------------------------------------------------------------------
+
+    def admit(self, copy: Copy, row: int) -> None:
+        """Seal ``copy`` as the resident copy of ``row``: readable from now on."""
+        assert row not in self.copies, row
+        copy.state = advance(copy.state, CopyEvent.SEAL)
+        copy.row = row
+        self.copies[row] = copy
+        self.hot[copy.block_id] = copy
+        self.copy_bytes += copy.extent.nbytes
+        self.shm_policy.admit(row, parent=self.index.parent_row(row), nbytes=copy.extent.nbytes)
+        if copy.holds:
+            self.shm_policy.pin(row)
+            self.pinned_bytes += copy.extent.nbytes
+
+    def hold(self, copy: Copy) -> None:
+        copy.holds += 1
+        if copy.holds == 1 and copy.row >= 0:
+            self.shm_policy.pin(copy.row)
+            self.pinned_bytes += copy.extent.nbytes
+
+    def release(self, copy: Copy) -> None:
+        copy.holds -= 1
+        if copy.holds:
+            return
+        if copy.row >= 0:
+            self.shm_policy.unpin(copy.row)
+            self.pinned_bytes -= copy.extent.nbytes
+        else:
+            self._free(copy)
+        self.on_room()
+
+    def evict_one(self) -> bool:
+        """Drop the coldest copy that nobody holds. False if there is none."""
+        row = self.shm_policy.victim()
+        if row is None:
+            return False
+        copy = self.copies[row]
+        assert copy.holds == 0, row
+        self.evicted_blocks += 1
+        self.evicted_bytes += copy.extent.nbytes
+        self._detach(copy, CopyEvent.EVICT)
+        self._forget_if_gone(row)
+        return True
+
+    def _detach(self, copy: Copy, event: CopyEvent) -> None:
+        copy.state = advance(copy.state, event)
+        row, copy.row = copy.row, -1
+        del self.copies[row]
+        del self.hot[copy.block_id]
+        self.copy_bytes -= copy.extent.nbytes
+        if copy.holds:
+            self.shm_policy.unpin(row)
+        self.shm_policy.remove(row)
+        if copy.holds:
+            self.pinned_bytes -= copy.extent.nbytes
+        else:
+            self._free(copy)
+            self.on_room()
+
+    def forget_copies(self) -> None:
+        """The arena is closed: let go of its memory, but for copies that somebody still holds."""
+        for copy in self.copies.values():
+            if not copy.holds:
+                copy.extent.memory = memoryview(b"")
+        self.copies.clear()
+        self.hot.clear()
+
+    def _free(self, copy: Copy) -> None:
+        copy.state = advance(copy.state, CopyEvent.EVICTED)
+        self.shm.free(copy.extent)
+
+    # -- disk copies --------------------------------------------------------------------------
+
+    def place(self, row: int, location: Location, stamp: int) -> None:
+        """The newest durable record of ``row`` is there now; the one before it is dead."""
+        before = self.index.location(row)
+        if before is not None:
+            self._account(row, before, -1)
+        self.index.place(row, location.segment, location.page, location.header_pages, stamp)
+        nbytes = self._account(row, location, +1)
+        if self.disk_policy is not None and before is None:
+            self.disk_policy.admit(row, parent=self.index.parent_row(row), nbytes=nbytes)
+
+    def record_bytes(self, row: int, header_pages: int) -> int:
+        """What the block's record takes in an extent and in a segment."""
+        return header_pages * PAGE_BYTES + payload_bytes_of(*self.index.lengths(row))
+
+    def _account(self, row: int, location: tuple[int, int, int], sign: int) -> int:
+        """Keep the segment's live bytes; returns the record's size."""
+        nbytes = self.record_bytes(row, location[2])
+        entry = self.segments.get(location[0])
+        if entry is not None:
+            entry.live_bytes += sign * nbytes
+        return nbytes
+
+    def unplace(self, row: int) -> None:
+        """The disk copy is gone or not to be trusted; the row goes too if the arena has none."""
+        self._leave_disk(row)
+        self._forget_if_gone(row)
+
+    def _leave_disk(self, row: int) -> None:
+        location = self.index.location(row)
+        if location is not None:
+            self._account(row, location, -1)
+            self.index.unplace(row)
+            if self.disk_policy is not None:
+                self.disk_policy.remove(row)
+
+    def touch(self, row: int) -> None:
+        """The block was used: both tiers' heat."""
+        if row in self.copies:
+            self.shm_policy.touch(row)
+        if self.disk_policy is not None and row in self.disk_policy:
+            self.disk_policy.touch(row)

@@ -1,0 +1,58 @@
+"""Closing a store: nothing new comes in, what was put becomes durable, everything is given back.
+
+The order is the reverse of opening. Each step runs even when one before it failed or the caller was
+cancelled; the first error is raised at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Awaitable, Callable
+
+from cascade_aio.errors import ClosedError
+from cascade_aio.store.context import StoreContext
+
+
+async def close_store(context: StoreContext) -> None:
+    """See ``Store.aclose``. A cancelled close still closes everything, then raises ``CancelledError``."""
+    context.closed = True
+    gone = ClosedError(f"the store on {context.config.root} was closed while the call waited for room")
+    context.room.close(gone)
+    context.disk.close_backlog(gone)
+    if context.desk.leases:
+        warnings.warn(
+            f"the store on {context.config.root} was closed while {context.desk.describe()}; their memory stays "
+            "mapped until they are released",
+            ResourceWarning,
+            stacklevel=2,
+        )
+    try:
+        await run_all(context.closers)
+    finally:
+        context.catalog.forget_copies()
+
+
+async def run_all(steps: list[Callable[[], Awaitable[None]]]) -> None:
+    """Run every step to its end whatever the others raise; then raise the first error.
+
+    Each step runs in a task of its own, so that cancelling the caller does not cut a step short.
+    """
+    first: BaseException | None = None
+    for step in steps:
+        task = asyncio.ensure_future(_call(step))
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError as error:
+                first = first or error
+        try:
+            task.result()
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+async def _call(step: Callable[[], Awaitable[None]]) -> None:
+    await step()

@@ -1,0 +1,213 @@
+"""What the parts of one open store share, and the scope that owns its background tasks.
+
+Everything here belongs to one event loop; there are no locks because nobody else may touch it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from cascade_aio.abc.storage import PAGE_BYTES, Platform
+from cascade_aio.config import StoreConfig
+from cascade_aio.core.lifecycle import CopyEvent, CopyState, advance
+from cascade_aio.errors import CascadeError, ClosedError, CorruptionError, InternalError
+from cascade_aio.segments.facts import Location
+from cascade_aio.segments.format import Binding, bindings_room
+from cascade_aio.segments.pending import PendingRecord
+from cascade_aio.segments.recovery import Recovery
+from cascade_aio.store.catalog import Catalog, Copy
+from cascade_aio.store.lending import LeaseDesk
+from cascade_aio.store.merging import CatalogMerger
+from cascade_aio.store.room import ArenaRoom
+from cascade_aio.tiers.disk import DiskTier
+from cascade_aio.tiers.shm import ShmTier
+
+logger = logging.getLogger("cascade_aio.store")
+
+DAMAGE_KEPT_MAX = 1000
+"""Newest damage reports kept for ``statistics``; the count goes on."""
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Events since the store was opened. Blocks and calls unless the name says bytes."""
+
+    gets: int = 0
+    shm_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    late_reads: int = 0
+    single_flight_joins: int = 0
+    read_errors: int = 0
+    damaged: int = 0
+    puts: int = 0
+    put_bytes: int = 0
+    puts_bound: int = 0
+    puts_deduplicated: int = 0
+    deduplicated_bytes: int = 0
+    reserve_copies: int = 0
+    deletes: int = 0
+    write_failures: int = 0
+
+
+class TaskScope:
+    """Background tasks of one owner: all are cancelled and awaited when it closes.
+
+    Not ``asyncio.TaskGroup``, because a store may be opened in one task and closed in another. A task
+    that fails calls ``on_failure`` with its exception; nothing is only logged.
+    """
+
+    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._on_failure = on_failure
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_failure(error)
+
+    async def close(self) -> None:
+        """Cancel all and wait for them, however often the caller is cancelled meanwhile."""
+        cancelled: asyncio.CancelledError | None = None
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            try:
+                await asyncio.wait(list(self._tasks))
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class StoreContext:
+    """One open store: its world, its parts, its state."""
+
+    config: StoreConfig
+    platform: Platform
+    loop: asyncio.AbstractEventLoop
+    shm: ShmTier
+    disk: DiskTier
+    catalog: Catalog
+    desk: LeaseDesk
+    counters: Counters = dataclasses.field(default_factory=Counters)
+    damage: collections.deque[CorruptionError] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=DAMAGE_KEPT_MAX)
+    )
+    closers: list[Callable[[], Awaitable[None]]] = dataclasses.field(default_factory=list)
+    """What ``close_store`` runs after the background tasks have ended, first one first."""
+    prefaulted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    stripe: str = "plain files"
+    """How the writer's directory is striped, as ``statistics`` tells it."""
+    closed: bool = False
+    failure: BaseException | None = None
+    on_written: Callable[[], None] = lambda: None
+    """Called when a record has become durable: the disk has grown."""
+    room: ArenaRoom = dataclasses.field(init=False)
+    tasks: TaskScope = dataclasses.field(init=False)
+    merger: CatalogMerger = dataclasses.field(init=False)
+    recovery: Recovery = dataclasses.field(init=False)
+    refreshing: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.room = ArenaRoom(self.catalog, self.disk.expedite, self.explain_arena)
+        self.tasks = TaskScope(self.fail)
+        self.merger = CatalogMerger(self.catalog, self.report_damage)
+
+    def check(self) -> None:
+        """Every public call starts here: right loop, open, healthy."""
+        if asyncio.get_running_loop() is not self.loop:
+            raise CascadeError(
+                f"the store on {self.config.root} was opened on another event loop; open one store per loop"
+            )
+        if self.closed:
+            raise ClosedError(f"the store on {self.config.root} is closed; open it again")
+        if self.failure is not None:
+            raise InternalError(
+                f"a background task of the store on {self.config.root} failed; close the store and open it again, "
+                "and please report this"
+            ) from self.failure
+
+    def fail(self, error: BaseException) -> None:
+        """A background task died of something nobody foresaw: refuse everything from now on."""
+        if self.failure is None:
+            logger.error("a background task of the store on %s failed", self.config.root, exc_info=error)
+            self.failure = error
+            self.room.close(InternalError(f"a background task of the store on {self.config.root} failed: {error!r}"))
+
+    def append(self, copy: Copy, bindings: Sequence[tuple[bytes, bytes | None]]) -> None:
+        """Queue a sealed copy for the segment writer, with its names. It is held until its record is durable."""
+        self.catalog.hold(copy)
+        copy.state = advance(copy.state, CopyEvent.COPY)
+        stamp = self.disk.stamp()
+
+        def durable(location: Location) -> None:
+            if copy.row >= 0:
+                self.catalog.place(copy.row, location, stamp)
+            self._written(copy)
+
+        def failed(error: BaseException) -> None:
+            self.counters.write_failures += 1
+            if self.config.may_lose_unflushed or copy.row < 0 or self.closed:
+                self._written(copy)
+
+        self.disk.append_block(
+            PendingRecord(
+                extent=copy.extent.memory,
+                header_pages=copy.header_bytes // PAGE_BYTES,
+                stamp=stamp,
+                digest=copy.digest,
+                key_bytes=copy.key_bytes,
+                value_bytes=copy.value_bytes,
+                value_offset=copy.value_offset,
+                chunk_crcs=copy.chunk_crcs,
+                meta=copy.meta,
+                bindings=tuple(Binding(key, parent, stamp) for key, parent in bindings),
+                on_durable=durable,
+                on_failed=failed,
+            )
+        )
+
+    def append_again(self, copy: Copy) -> None:
+        """Write a durable copy once more: its record is about to be removed. Nothing for one being written."""
+        if copy.state is not CopyState.SEALED:
+            return
+        bindings = self.catalog.index.bindings(copy.row)
+        room = bindings_room(copy.header_bytes // PAGE_BYTES, len(copy.chunk_crcs), len(copy.meta))
+        self.append(copy, bindings[:room])
+        for key, parent in bindings[room:]:
+            self.disk.append_binding(copy.block_id, key, parent)
+
+    def _written(self, copy: Copy) -> None:
+        """The segment writer needs the extent no more."""
+        if copy.state is CopyState.COPYING:
+            copy.state = advance(copy.state, CopyEvent.COPIED)
+        self.catalog.release(copy)
+        self.disk.backlog_changed()
+        self.on_written()
+
+    def report_damage(self, error: CorruptionError) -> None:
+        self.counters.damaged += 1
+        self.damage.append(error)
+        logger.warning("damaged record: %s", error)
+
+    def explain_arena(self) -> str:
+        """Who holds the arena, for the message of a ``TierFullError``, and what to do about it."""
+        return (
+            f"{self.desk.describe()}, {self.disk.describe_backlog()}, "
+            f"{self.shm.capacity_bytes - self.shm.ready_bytes} bytes are still being prepared, largest free extent "
+            f"{self.shm.largest_free_bytes} bytes of {self.shm.capacity_bytes}; release leases sooner or open the "
+            "store with larger shm_bytes"
+        )

@@ -1,0 +1,68 @@
+"""Giving out and taking back leases: the accounting between ``Block`` objects and the catalog."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+
+from cascade_aio.config import format_size
+from cascade_aio.core.leases import LeaseLedger
+from cascade_aio.model import Tier
+from cascade_aio.store.block import Block, caller_of_package
+from cascade_aio.store.catalog import Catalog, Copy
+
+
+class LeaseDesk:
+    """The store's ``Lender``. The ledger knows copies by their place in the arena, which no other
+    living copy has, also after the block was deleted and its row given to another."""
+
+    def __init__(self, catalog: Catalog, loop: asyncio.AbstractEventLoop) -> None:
+        self._catalog = catalog
+        self._loop = loop
+        self._late: collections.deque[tuple[Copy, int]] = collections.deque()
+        self._ledger = LeaseLedger()
+        self.forgotten = 0
+        """Leases and arrays that ended in the garbage collector."""
+
+    @property
+    def leases(self) -> int:
+        """Leases out now, arrays that outlived theirs included."""
+        return len(self._ledger)
+
+    @property
+    def leased_bytes(self) -> int:
+        """Arena bytes that leases pin; each copy counts once."""
+        return self._ledger.pinned_bytes
+
+    def lend(self, copy: Copy, tier: Tier) -> Block:
+        """A new lease on ``copy``, which must be sealed."""
+        extent = copy.extent
+        where = caller_of_package()
+        number = self._ledger.take(extent.offset, extent.nbytes, where)
+        if not copy.leases:
+            self._catalog.hold(copy)
+        copy.leases += 1
+        return Block(copy, tier, self, number, where)
+
+    def release(self, copy: Copy, number: int) -> None:
+        self._ledger.release(number)
+        copy.leases -= 1
+        if not copy.leases:
+            self._catalog.release(copy)
+
+    def release_later(self, copy: Copy, number: int) -> None:
+        """From a finalizer, on whatever thread: the loop does it in a turn of its own."""
+        self._late.append((copy, number))
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._release_late)
+
+    def _release_late(self) -> None:
+        while self._late:
+            self.forgotten += 1
+            self.release(*self._late.popleft())
+
+    def describe(self) -> str:
+        """For messages: how much of the arena readers hold, and who has held it longest."""
+        text = f"{self.leases} leases pin {format_size(self.leased_bytes)}"
+        oldest = self._ledger.oldest()
+        return text if oldest is None else f"{text} (the oldest was taken at {oldest.where})"

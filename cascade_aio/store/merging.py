@@ -1,0 +1,103 @@
+"""From what segments say to what the catalog knows: the one place where facts become state.
+
+Used by recovery, by ``refresh`` and for what this store deletes itself. Facts come in any order and
+from any number of writers; ``FactMerger`` (segments) holds the rule, this module acts on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cascade_aio.core.lifecycle import CopyState
+from cascade_aio.errors import CorruptionError, DigestConflictError
+from cascade_aio.segments.facts import (
+    BindingFact,
+    BlockFact,
+    DamageFact,
+    Fact,
+    FactMerger,
+    TombstoneFact,
+    VanishedFact,
+)
+from cascade_aio.store.catalog import Catalog
+
+PENDING_BINDINGS_MAX = 1_000_000
+"""Bindings that wait for their block's record; beyond, the oldest are dropped (their prefix is a miss)."""
+
+
+class CatalogMerger:
+    """Applies facts to a catalog. Synchronous; microseconds per fact."""
+
+    def __init__(self, catalog: Catalog, report_damage: Callable[[CorruptionError], None]) -> None:
+        self._catalog = catalog
+        self._report_damage = report_damage
+        self._pending: dict[bytes, list[BindingFact]] = {}
+        self._pending_count = 0
+        self.facts = FactMerger()
+        self.conflicts = 0
+
+    def apply(self, fact: Fact) -> int:
+        """Take one fact in; returns how many blocks are new (0 or 1)."""
+        if isinstance(fact, BlockFact):
+            return self._block(fact)
+        if isinstance(fact, BindingFact):
+            self._binding(fact)
+        elif isinstance(fact, TombstoneFact):
+            self.bury(fact.block_id, fact.stamp)
+        elif isinstance(fact, VanishedFact):
+            self._vanished(fact.segment)
+        elif isinstance(fact, DamageFact):
+            self._report_damage(CorruptionError(fact.reason, path=fact.path, segment=fact.segment, offset=fact.offset))
+        return 0
+
+    def settle(self) -> None:
+        """All facts are in: bindings whose block never came are dropped."""
+        self._pending.clear()
+        self._pending_count = 0
+
+    def bury(self, block_id: bytes, stamp: int) -> None:
+        """A tombstone: whatever is known of the block and not newer goes."""
+        if not self.facts.bury(block_id, stamp):
+            return
+        catalog = self._catalog
+        row = catalog.index.find(block_id)
+        if row < 0:
+            return
+        copy = catalog.copies.get(row)
+        if copy is not None and copy.state is CopyState.COPYING:
+            return  # put again after the deletion; its record will carry a newer stamp
+        if catalog.index.location(row) is None or catalog.index.stamp(row) <= stamp:
+            catalog.drop_row(row)
+
+    def _block(self, fact: BlockFact) -> int:
+        catalog = self._catalog
+        if not self.facts.is_live(fact.block_id, fact.stamp):
+            return 0
+        try:
+            row = catalog.row_of(fact.digest, fact.key_bytes, fact.value_bytes)
+        except DigestConflictError:
+            self.conflicts += 1  # another writer's block of the same id: the one known first stays
+            return 0
+        fresh = row < 0
+        if fresh:
+            row = catalog.index.add(fact.digest, fact.key_bytes, fact.value_bytes)
+        if catalog.index.location(row) is None or fact.stamp > catalog.index.stamp(row):
+            catalog.place(row, fact.location, fact.stamp)
+        for waiting in self._pending.pop(fact.block_id, ()):
+            self._pending_count -= 1
+            self._binding(waiting)
+        return int(fresh)
+
+    def _binding(self, fact: BindingFact) -> None:
+        if not self.facts.is_live(fact.block_id, fact.stamp):
+            return
+        row = self._catalog.index.find(fact.block_id)
+        if row >= 0:
+            self._catalog.index.bind(fact.key, row, fact.parent)
+        elif self._pending_count < PENDING_BINDINGS_MAX:
+            self._pending.setdefault(fact.block_id, []).append(fact)
+            self._pending_count += 1
+
+    def _vanished(self, segment: int) -> None:
+        for row in self._catalog.index.rows_in_segment(segment).tolist():
+            self._catalog.unplace(row)

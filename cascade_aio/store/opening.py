@@ -1,0 +1,182 @@
+"""Opening a store: every resource in order, each with the step that gives it back.
+
+A failure or cancellation at any point closes what was opened so far, last first, and leaves the root
+as it was but for an empty writer directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import socket
+from collections.abc import Awaitable, Callable, Generator
+from types import TracebackType
+from typing import Any
+
+from cascade_aio.abc.storage import PAGE_BYTES, Platform
+from cascade_aio.config import StoreConfig, arena_name, make_config
+from cascade_aio.core.clock import HybridClock
+from cascade_aio.core.eviction import PrefixLru
+from cascade_aio.errors import ConfigError
+from cascade_aio.io.engine import EngineLimits
+from cascade_aio.io.platform import open_platform
+from cascade_aio.segments.layout import claim_writer, open_root
+from cascade_aio.segments.reader import SegmentReader
+from cascade_aio.segments.table import SegmentTable
+from cascade_aio.segments.writer import SegmentWriter, WriterLimits
+from cascade_aio.store.catalog import Catalog
+from cascade_aio.store.closing import run_all
+from cascade_aio.store.context import StoreContext, TaskScope
+from cascade_aio.store.getting import Getter
+from cascade_aio.store.lending import LeaseDesk
+from cascade_aio.store.putting import Putter
+from cascade_aio.store.recovering import recover
+from cascade_aio.store.space import SpaceKeeper
+from cascade_aio.store.store import Store
+from cascade_aio.tiers.arena import Arena, open_arena
+from cascade_aio.tiers.disk import DiskTier
+from cascade_aio.tiers.shm import ShmTier
+
+SEGMENTS_PER_BUDGET_MIN = 8
+"""With a disk budget, segments are at most this part of it, so that space comes back in small steps."""
+
+_SEGMENT_BYTES_MIN = 1 << 20
+
+
+def open_store(root: str | os.PathLike[str] | StoreConfig, **settings: Any) -> StoreOpening:
+    """Open (or create) the store in the directory ``root``.
+
+    ``async with open_store(root, shm_bytes="4GiB") as store`` closes it at the end; ``store = await
+    open_store(root)`` leaves that to ``await store.aclose()``. Settings are the fields of
+    ``StoreConfig``; sizes may be text. Instead of a root a complete ``StoreConfig`` may be given.
+
+    Opening raises ``ConfigError`` (a wrong setting; a root that is no store, of another format or digest,
+    not writable; an arena in use; ``io_backend="uring"`` without io_uring), ``TierFullError`` (shared
+    memory too small) or ``OSError``. What earlier writers left is recovered meanwhile.
+    """
+    if isinstance(root, StoreConfig):
+        if settings:
+            raise ConfigError(f"{', '.join(settings)}: pass settings within the StoreConfig, not beside it")
+        return StoreOpening(root)
+    return StoreOpening(make_config(root, **settings))
+
+
+class StoreOpening:
+    """What ``open_store`` returns: ``await`` it, or use it as a scope."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._config = config
+        self._store: Store | None = None
+
+    def __await__(self) -> Generator[Any, None, Store]:
+        return open_with(self._config).__await__()
+
+    async def __aenter__(self) -> Store:
+        self._store = await open_with(self._config)
+        return self._store
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            await store.aclose()
+
+
+class _Unwinding:
+    """Steps that give back what was opened. Kept for closing on success, run at once on failure."""
+
+    def __init__(self) -> None:
+        self.steps: list[Callable[[], Awaitable[None]]] = []
+
+    def push(self, step: Callable[[], Awaitable[None]]) -> None:
+        self.steps.insert(0, step)
+
+    def push_sync(self, step: Callable[[], None]) -> None:
+        async def run() -> None:
+            step()
+
+        self.push(run)
+
+
+async def open_with(config: StoreConfig, *, platform: Platform | None = None, arena: Arena | None = None) -> Store:
+    """``open_store`` for a given world; both are closed with the store. For tests and simulations."""
+    undo = _Unwinding()
+    try:
+        return await _open(config, undo, platform, arena)
+    except BaseException:
+        with contextlib.suppress(asyncio.CancelledError):  # the first one is raised again below
+            await run_all(undo.steps)
+        raise
+
+
+async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None, arena: Arena | None) -> Store:
+    config = _fitted(config)
+    if platform is None:
+        limits = EngineLimits(
+            request_bytes_max=config.request_bytes_max,
+            requests_in_flight_max=config.requests_in_flight_max,
+            bytes_in_flight_max=config.bytes_in_flight_max,
+        )
+        platform = open_platform(io_backend=config.io_backend, worker_threads=config.workers, limits=limits)
+    undo.push(platform.engine.aclose)
+    undo.push(platform.storage.aclose)
+    storage = platform.storage
+    root = await open_root(storage, config.root, config.digest, clock=platform.clock)
+    if arena is None:
+        arena = await open_arena(os.path.join(config.shm_dir, arena_name(config)), config.shm_bytes)
+    undo.push_sync(arena.close)
+    claim = await claim_writer(storage, root, socket.gethostname())
+    undo.push_sync(claim.release)
+    clock = HybridClock()
+    table = SegmentTable(storage, config.root)
+    undo.push(table.aclose)
+    loop = asyncio.get_running_loop()
+    shm = ShmTier(arena, platform.engine, storage, register=config.register_buffers)
+    catalog = Catalog(shm, table, PrefixLru(), None if config.disk_bytes is None else PrefixLru())
+    writer = SegmentWriter(
+        storage,
+        root,
+        claim,
+        table,
+        lambda: clock.next(platform.clock.wall_ns()),
+        WriterLimits(segment_bytes=config.segment_bytes, tail_seconds_max=config.tail_seconds_max),
+    )
+    reader = SegmentReader(storage, platform.engine, table)
+    disk = DiskTier(
+        platform, table, reader, writer, clock, backlog_bytes_max=config.tail_bytes_max or config.shm_bytes // 2
+    )
+    context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop))
+    await recover(context, root, claim)
+    background = TaskScope(context.fail)
+    undo.push(background.close)
+    undo.push(writer.aclose)
+    background.spawn(writer.run(), "cascade-segment-writer")
+    getter = Getter(context)
+    space = SpaceKeeper(context)
+    context.on_written = space.check
+    undo.push(context.tasks.close)
+    context.tasks.spawn(_prefault(context), "cascade-prefault")
+    if config.disk_bytes is not None:
+        context.tasks.spawn(space.run(), "cascade-space")
+    space.check()
+    context.closers = undo.steps
+    return Store(context, getter, Putter(context, getter), space)
+
+
+async def _prefault(context: StoreContext) -> None:
+    await context.shm.prefault(context.room.freed)
+    context.prefaulted.set()
+
+
+def _fitted(config: StoreConfig) -> StoreConfig:
+    """Segments small enough that a disk budget can be kept by removing whole ones."""
+    if config.disk_bytes is None:
+        return config
+    largest = config.disk_bytes // SEGMENTS_PER_BUDGET_MIN // PAGE_BYTES * PAGE_BYTES
+    if largest < _SEGMENT_BYTES_MIN:
+        least = _SEGMENT_BYTES_MIN * SEGMENTS_PER_BUDGET_MIN
+        raise ConfigError(f"disk_bytes={config.disk_bytes} is too small for a store; use at least {least}")
+    return dataclasses.replace(config, segment_bytes=min(config.segment_bytes, largest))

@@ -1,0 +1,280 @@
+"""The public face of an embedded store: every call checks, delegates, and says what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cascade_aio.errors import ConfigError
+from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier, as_bytes_view
+from cascade_aio.store.block import Block, GetRequest
+from cascade_aio.store.closing import close_store
+from cascade_aio.store.context import StoreContext
+from cascade_aio.store.getting import Getter, PrefixLookup
+from cascade_aio.store.putting import Putter, ReserveRequest
+from cascade_aio.store.recovering import refresh
+from cascade_aio.store.space import SpaceKeeper
+from cascade_aio.store.verifying import VerifyReport, verify_root
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """One block of the store as ``blocks()`` lists it; lengths in bytes, tiers fastest first."""
+
+    block_id: BlockId
+    key_bytes: int
+    value_bytes: int
+    tiers: tuple[Tier, ...]
+    prefixes: int
+
+
+class PrefixRequest:
+    """What ``store.get_prefix`` returns: ``await`` it for leases, or ``async with`` it for scoped ones."""
+
+    __slots__ = ("_blocks", "_getter", "_keys")
+
+    def __init__(self, getter: Getter, keys: Sequence[PrefixKey]) -> None:
+        self._getter = getter
+        self._keys = keys
+        self._blocks: list[Block] = []
+
+    def __await__(self) -> Generator[Any, None, list[Block]]:
+        return self._getter.load_prefix(self._keys).__await__()
+
+    async def __aenter__(self) -> list[Block]:
+        self._blocks = await self._getter.load_prefix(self._keys)
+        return self._blocks
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        blocks, self._blocks = self._blocks, []
+        for block in blocks:
+            if not block.released:
+                block.release()
+
+
+class Store:
+    """A tiered block store, opened by ``open_store``; belongs to the event loop that opened it.
+
+    Calls may be made by any number of tasks of that loop. Every coroutine may be cancelled at any
+    await without losing a lease, an extent, a request or a descriptor; a cancelled ``put`` stores
+    nothing. All raise ``ClosedError`` after ``aclose``.
+    """
+
+    def __init__(self, context: StoreContext, getter: Getter, putter: Putter, space: SpaceKeeper) -> None:
+        self._context = context
+        self._getter = getter
+        self._putter = putter
+        self._space = space
+
+    def get(self, name: BlockId | PrefixKey | str) -> GetRequest:
+        """A lease on a block: ``async with store.get(h) as block`` or ``block = await store.get(h)``.
+
+        In the arena: no copy, no suspension, microseconds. On disk: one verified read into the arena,
+        shared by all who ask meanwhile. Raises ``BlockNotFoundError`` (unknown, or read later than
+        ``read_seconds_max``), ``ConfigError`` (malformed name), ``CorruptionError`` (damaged record: it is
+        forgotten, put the block again), ``TierFullError`` (arena full of leases and unwritten blocks),
+        ``OSError`` (the disk).
+        """
+        return GetRequest(self._getter, name)
+
+    def get_prefix(self, keys: Sequence[PrefixKey]) -> PrefixRequest:
+        """Leases on the longest cached prefix of ``keys``, in order; a miss is an empty list.
+
+        Blocks on disk are read in parallel. The prefix ends before the first block that is damaged, late
+        or does not fit in the arena beside the others; such blocks are counted in ``statistics()``.
+        """
+        return PrefixRequest(self._getter, keys)
+
+    def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
+        """How many leading keys are cached (``len``) and in which tier each. No I/O; does not suspend."""
+        return self._getter.lookup(keys)
+
+    def __contains__(self, name: BlockId | PrefixKey | str) -> bool:
+        self._context.check()
+        return self._getter.find(name) >= 0
+
+    def __len__(self) -> int:
+        """Blocks known to this store."""
+        self._context.check()
+        return len(self._context.catalog.index)
+
+    async def put(
+        self,
+        key: Buffer,
+        value: Buffer,
+        *,
+        prefix: PrefixKey | None = None,
+        parent: PrefixKey | None = None,
+        meta: BlockMeta | None = None,
+    ) -> BlockId:
+        """Store a block and return its id once it is readable; ``flush`` makes it durable.
+
+        ``key`` and ``value`` are any C-contiguous buffers, read until the call returns. A bound ``prefix``
+        returns at once without touching them: the first writer wins. Equal content is stored once.
+        Waits for arena room up to ``put_wait_seconds_max``. Raises ``ConfigError`` (not contiguous, no
+        buffer, bad prefix), ``BlockTooLargeError``, ``TierFullError``, ``DigestConflictError``.
+        """
+        self._context.check()
+        return await self._putter.put(key, value, prefix, parent, meta)
+
+    def reserve(
+        self,
+        *,
+        key_bytes: int,
+        value_bytes: int,
+        prefix: PrefixKey | None = None,
+        parent: PrefixKey | None = None,
+        meta: BlockMeta | None = None,
+    ) -> ReserveRequest:
+        """Memory in the arena to be filled in place: ``async with store.reserve(...) as slot``.
+
+        Fill ``slot.key`` and ``slot.value``. A clean exit digests and seals (``slot.block_id``), an exception
+        aborts. Arrays of the slot that are still referenced then cost one copy. Errors as in ``put``.
+        """
+        self._context.check()
+        return ReserveRequest(self._context, self._putter, key_bytes, value_bytes, prefix, parent, meta)
+
+    async def read_into(self, name: BlockId | PrefixKey | str, key_buffer: Buffer, value_buffer: Buffer) -> None:
+        """Copy a block into the caller's buffers, whose lengths must be those of its parts exactly.
+
+        The copy runs in worker threads. Raises as ``get``, and ``ConfigError`` for buffers that are read-only,
+        not contiguous or of another length.
+        """
+        self._context.check()
+        targets = (_writable(key_buffer, "key_buffer"), _writable(value_buffer, "value_buffer"))
+        block = self._getter.try_hot(name)
+        if block is None:
+            block = await self._getter.load(name)
+        try:
+            sources = block.views()
+            for target, source, part in zip(targets, sources, ("key", "value"), strict=True):
+                if len(target) != len(source):
+                    raise ConfigError(
+                        f"{part}_buffer has {len(target)} bytes and the {part} of block {block.block_id} has "
+                        f"{len(source)}; give buffers of exactly these lengths"
+                    )
+            await self._context.platform.engine.copy(list(zip(targets, sources, strict=True)))
+        finally:
+            block.release()
+
+    async def flush(self) -> None:
+        """Return once everything put, bound or deleted before this call is on stable storage.
+
+        Concurrent calls share one fdatasync. Raises ``TierFullError`` (disk full) or ``BrokenTierError``
+        (disk broken); the blocks stay readable from memory while the store is open.
+        """
+        self._context.check()
+        await self._context.disk.flush()
+
+    async def refresh(self) -> int:
+        """Learn of blocks that other writers of this root stored (and deleted); returns how many are new."""
+        self._context.check()
+        return await refresh(self._context)
+
+    async def delete(self, name: BlockId | PrefixKey | str) -> None:
+        """Forget a block and all of its names; after ``flush`` it does not come back.
+
+        Leases on it stay valid. Raises ``BlockNotFoundError`` if it is unknown.
+        """
+        self._context.check()
+        row = self._getter.resolve(name)
+        block_id = self._context.catalog.index.block_id(row)
+        self._context.counters.deletes += 1
+        stamp = self._context.disk.stamp()
+        self._context.catalog.drop_row(row)
+        self._context.merger.facts.bury(block_id, stamp)
+        self._context.disk.append_tombstone(block_id, stamp)
+
+    def prefetch(self, names: Sequence[BlockId | PrefixKey]) -> int:
+        """Start promoting blocks from disk to the arena, first name first; returns how many were started.
+
+        Returns at once and never raises for a block that turns out missing or damaged.
+        """
+        self._context.check()
+        started = 0
+        for name in names:
+            row = self._getter.find(name)
+            if row >= 0:
+                started += self._getter.prefetch(row)
+        return started
+
+    def blocks(self) -> Iterator[BlockInfo]:
+        """All blocks known now. Do not await while iterating: the store may change under the iterator."""
+        self._context.check()
+        catalog = self._context.catalog
+        index = catalog.index
+        for row in index.rows():
+            tiers: tuple[Tier, ...] = (Tier.SHM,) if row in catalog.copies else ()
+            if index.location(row) is not None:
+                tiers += (Tier.DISK,)
+            key_bytes, value_bytes = index.lengths(row)
+            yield BlockInfo(index.block_id(row), key_bytes, value_bytes, tiers, len(index.bindings(row)))
+
+    async def verify(self, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read every record of the root and check it; ``on_progress(bytes_done, bytes_total)``.
+
+        Reads in the background class, in bounded memory; damage is reported, not repaired. May be cancelled.
+        """
+        self._context.check()
+        return await verify_root(self._context, on_progress)
+
+    async def wait_ready(self) -> None:
+        """Return once the whole arena is populated. Not needed before anything; benchmarks use it."""
+        self._context.check()
+        await self._context.prefaulted.wait()
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters and sizes by tier since opening, JSON-ready. Synchronous, no I/O."""
+        context = self._context
+        catalog = context.catalog
+        return {
+            "root": context.config.root,
+            "digest": context.config.digest,
+            "blocks": len(catalog.index),
+            "index_bytes": catalog.index.nbytes,
+            "store": dataclasses.asdict(context.counters),
+            "shm": {
+                **context.shm.statistics(),
+                "blocks": len(catalog.copies),
+                "copy_bytes": catalog.copy_bytes,
+                "pinned_bytes": catalog.pinned_bytes,
+                "leases": context.desk.leases,
+                "leased_bytes": context.desk.leased_bytes,
+                "leases_forgotten": context.desk.forgotten,
+                "evicted_blocks": catalog.evicted_blocks,
+                "evicted_bytes": catalog.evicted_bytes,
+                "waits_for_room": context.room.waited,
+                "loading": self._getter.loading,
+            },
+            "disk": {
+                **context.disk.statistics(),
+                **self._space.statistics(),
+                "stripe": context.stripe,
+                "conflicts": context.merger.conflicts,
+            },
+            "io": context.platform.storage.statistics(),
+            "damage": [str(error) for error in context.damage],
+        }
+
+    async def aclose(self) -> None:
+        """Flush, seal, stop and give everything back. Repeated calls do nothing.
+
+        Leases still out keep their memory readable until they are released; a warning names them.
+        Raises what ``flush`` raises, after everything is closed.
+        """
+        if not self._context.closed:
+            await close_store(self._context)
+
+
+def _writable(buffer: Buffer, name: str) -> memoryview:
+    view = as_bytes_view(buffer, name)
+    if view.readonly and view.nbytes:
+        raise ConfigError(f"{name} is read-only; pass a writable buffer")
+    return view

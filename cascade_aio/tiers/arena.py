@@ -1,0 +1,170 @@
+"""The arena: one shared-memory file per node that holds every warm block.
+
+What it is: a file in ``/dev/shm`` (or any tmpfs), really allocated, mapped once, locked by its
+owner for as long as it lives. It hands out bytes and knows nothing of blocks; extents are the
+business of ``ShmTier``.
+
+Invariants: memory is reserved at open, so a full tmpfs is an error here and never a SIGBUS later;
+exactly one process owns an arena (advisory lock on the file itself, so the lock dies with its
+owner); the mapping outlives ``close`` for as long as anybody still holds a view into it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import mmap
+import os
+from typing import Protocol
+
+from cascade_aio.config import format_size
+from cascade_aio.errors import BrokenTierError, ConfigError, TierFullError
+from cascade_aio.io.waiting import call_in_thread
+
+_OPEN_ATTEMPTS_MAX = 8
+"""How often the race against an owner that unlinks its file while closing is run again."""
+
+_FALLOCATE_STEP_BYTES = 256 << 20
+"""Memory is reserved in steps of this size, so that a cancelled open stops soon."""
+
+
+class Arena(Protocol):
+    """Memory for extents. ``memory`` is writable and page-aligned and keeps the mapping alive."""
+
+    @property
+    def memory(self) -> memoryview: ...
+
+    @property
+    def description(self) -> str: ...
+
+    def close(self) -> None:
+        """Give the memory back once nobody views it any more. Does not block; repeated calls do nothing."""
+        ...
+
+
+class PrivateArena:
+    """Anonymous memory of this process: for tests and simulations."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = memoryview(mmap.mmap(-1, nbytes))
+
+    @property
+    def memory(self) -> memoryview:
+        return self._memory
+
+    @property
+    def description(self) -> str:
+        return "private memory"
+
+    def close(self) -> None:
+        self._memory = memoryview(b"")
+
+
+@dataclasses.dataclass(slots=True)
+class SharedArena:
+    """An owned arena file. Create with ``open_arena``."""
+
+    path: str
+    nbytes: int
+    _fd: int
+    _memory: memoryview
+
+    @property
+    def memory(self) -> memoryview:
+        return self._memory
+
+    @property
+    def description(self) -> str:
+        return self.path
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        self._memory = memoryview(b"")
+        # Unlink before the lock goes with the descriptor: nobody can lock a name that is gone.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        os.close(fd)
+
+
+async def open_arena(path: str, nbytes: int) -> SharedArena:
+    """Create (or take over after a crash) the arena file ``path`` of ``nbytes`` and map it.
+
+    Raises ``ConfigError`` if another process or another store of this process owns it, or the
+    directory does not exist; ``TierFullError`` if the memory is not there. Reserves memory in a
+    worker thread (about 0.25 s per GiB); a cancelled call leaves no file behind.
+    """
+    fd = _lock_file(path)
+    arena: SharedArena | None = None
+    try:
+        _check_room(path, fd, nbytes)
+        os.ftruncate(fd, nbytes)
+        for start in range(0, nbytes, _FALLOCATE_STEP_BYTES):
+            step = min(_FALLOCATE_STEP_BYTES, nbytes - start)
+            await call_in_thread(None, os.posix_fallocate, fd, start, step)
+        mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        arena = SharedArena(path, nbytes, fd, memoryview(mapping))
+        with contextlib.suppress(OSError):  # only where the mount allows huge pages on advice
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        # A core dump of an inference server must not carry gigabytes of other people's prompts.
+        mapping.madvise(mmap.MADV_DONTDUMP)
+        return arena
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise TierFullError(
+                f"shared memory for the arena {path} ran out while reserving {format_size(nbytes)}; "
+                "open the store with smaller shm_bytes or enlarge /dev/shm "
+                "(mount -o remount,size=... /dev/shm)"
+            ) from error
+        raise
+    finally:
+        if arena is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            os.close(fd)
+
+
+def _lock_file(path: str) -> int:
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise ConfigError(f"shm_dir={directory!r} is not a directory; point it at a tmpfs such as /dev/shm")
+    for _ in range(_OPEN_ATTEMPTS_MAX):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = os.stat(path)
+        except BlockingIOError:
+            os.close(fd)
+            raise ConfigError(
+                f"the arena {path} is in use by another open store; close that one, or give this one its "
+                "own with arena='name' (several stores may share a root, each with an arena of its own)"
+            ) from None
+        except FileNotFoundError:
+            os.close(fd)
+            continue
+        except BaseException:
+            os.close(fd)
+            raise
+        mine = os.fstat(fd)
+        if (mine.st_dev, mine.st_ino) == (current.st_dev, current.st_ino):
+            if mine.st_uid != os.geteuid():
+                os.close(fd)
+                raise ConfigError(f"the arena {path} belongs to user {mine.st_uid}; choose another arena='name'")
+            return fd
+        os.close(fd)
+    raise BrokenTierError(f"the arena {path} keeps being replaced by another process; choose another arena='name'")
+
+
+def _check_room(path: str, fd: int, nbytes: int) -> None:
+    """A clear message before the memory of the whole node is eaten up to find out."""
+    status = os.fstatvfs(fd)
+    free = status.f_bavail * status.f_frsize + os.fstat(fd).st_blocks * 512
+    if status.f_blocks and free < nbytes:
+        raise TierFullError(
+            f"the arena {path} needs {format_size(nbytes)} of shared memory and {format_size(free)} are free; "
+            "open the store with smaller shm_bytes, free memory in /dev/shm, or enlarge it "
+            "(mount -o remount,size=... /dev/shm)"
+        )
