@@ -135,6 +135,11 @@ class TransferEngine(abc.ABC):
         if cancelled is not None:
             raise cancelled
 
+    @property
+    def closed(self) -> bool:
+        """Whether ``aclose`` has begun its last step: nothing is in flight any more."""
+        return self._closed
+
     def statistics(self) -> dict[str, object]:
         """Counters since opening; ``requests_in_flight``, ``bytes_in_flight`` and ``queued`` are of now."""
         batches = self._counts["batches"]
@@ -269,6 +274,8 @@ class TransferEngine(abc.ABC):
         if len(self._in_flight) >= self.limits.requests_in_flight_max:
             return None
         queues = self._queues
+        if not queues:
+            return None
         blocked: list[Priority] = []
         while (priority := queues.choose(blocked)) is not None:
             transfer = queues.head(priority)
@@ -289,18 +296,20 @@ class TransferEngine(abc.ABC):
         return None
 
     def _has_room(self, priority: Priority, nbytes: int) -> bool:
-        """Within the bounds of all and of the class. A class with nothing in flight may always start one request,
-        as far as the bounds of all allow; an idle engine takes a request of any size."""
+        """Within the bounds of all, and within the part that this class and those below it may fill.
+
+        A class with nothing in flight may always start one request as far as the bounds of all allow,
+        and an idle engine takes a request of any size.
+        """
         limits = self.limits
         if self._in_flight and self._bytes_in_flight + nbytes > limits.bytes_in_flight_max:
             return False
-        requests = self._class_requests[priority]
-        if requests == 0:
+        if priority is Priority.DEMAND or not self._class_requests[priority]:
             return True
         part = IN_FLIGHT_PARTS[priority]
         return (
-            requests < part * limits.requests_in_flight_max
-            and self._class_bytes[priority] + nbytes <= part * limits.bytes_in_flight_max
+            sum(self._class_requests[priority:]) < part * limits.requests_in_flight_max
+            and sum(self._class_bytes[priority:]) + nbytes <= part * limits.bytes_in_flight_max
         )
 
     def _account(self, priority: Priority, requests: int, nbytes: int) -> None:

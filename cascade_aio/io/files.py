@@ -33,6 +33,7 @@ class DirectFile:
 
     __slots__ = (
         "_closing",
+        "_ended",
         "_executor",
         "_idle",
         "_on_close",
@@ -63,7 +64,8 @@ class DirectFile:
         self._on_close = on_close
         self._users = 0
         self._closing = False
-        self._idle: asyncio.Event | None = None
+        self._idle = asyncio.Event()
+        self._ended = asyncio.Event()
 
     def acquire(self) -> None:
         """One more request uses the descriptor. Raises ``ClosedError`` once ``close`` was called."""
@@ -73,25 +75,29 @@ class DirectFile:
 
     def release(self) -> None:
         self._users -= 1
-        if self._idle is not None and not self._users:
+        if not self._users:
             self._idle.set()
 
     async def close(self) -> None:
         """Wait for requests in flight, then close, also when cancelled meanwhile. May be repeated."""
         if self._closing:
+            await self._ended.wait()
             return
         self._closing = True
         cancelled: asyncio.CancelledError | None = None
         while self._users:
-            self._idle = asyncio.Event()
+            self._idle.clear()
             try:
                 await self._idle.wait()
             except asyncio.CancelledError as error:
                 cancelled = error
-        self.closed = True
-        self._on_close(self)
-        # close() may block for long on network file systems, which write back there.
-        await call_in_thread(self._executor, os.close, self.fd)
+        try:
+            # close() may block for long on network file systems, which write back there.
+            await call_in_thread(self._executor, _close, self.fd, self.path)
+        finally:
+            self.closed = True
+            self._on_close(self)
+            self._ended.set()
         if cancelled is not None:
             raise cancelled
 
@@ -171,6 +177,13 @@ def _closed_on_error(fd: int, path: str, step: Callable[[], bool]) -> bool:
     except OSError as error:
         os.close(fd)
         raise explained(error, "open", path) from error
+
+
+def _close(fd: int, path: str) -> None:
+    try:
+        os.close(fd)
+    except OSError as error:
+        raise explained(error, "close", path) from error
 
 
 def _set_direct(fd: int) -> bool:

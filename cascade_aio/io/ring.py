@@ -6,9 +6,9 @@ wakes the tasks. The kernel owns a request's buffers until its completion is rea
 freed only after the last one; a ring that cannot be drained is leaked rather than freed.
 
 Registered memory: ``register_memory`` pins memory piece by piece, and requests that lie in a piece
-spare the kernel to look up and pin each page. Registered files are left out: on regular files they
-save the reference count of one descriptor per request, which was not measurable here against the
-some microseconds that Python spends on a request.
+spare the kernel to look up and pin each page. Registered files are left out: they gained nothing that
+could be measured (CPU per 4 KiB read at depth 32: 3.43 us plain, 3.42 us registered in /dev/shm; 5.3 and
+5.5 us on a disk).
 
 Must not know: what is read, and why.
 """

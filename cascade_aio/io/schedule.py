@@ -6,8 +6,8 @@ of them (``SHARES``); once it has earned ``QUANTUM_BYTES`` it is served one requ
 bytes are then owed back. On average a waiting class gets its share of the bandwidth, never more than
 one request at a time, and nothing is lost while it has nothing to do.
 
-In flight, lower classes are kept to a part of the bounds (``IN_FLIGHT_PARTS``), so that a demand read
-finds room in the device at once instead of waiting for a background request to end.
+In flight, a class together with those below it is kept to a part of the bounds (``IN_FLIGHT_PARTS``), so
+that a demand read finds room in the device at once instead of waiting for a background request to end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUANTUM_BYTES = 64 << 10
 """Earnings at which a lower class is served out of turn: small against one large request."""
 
 IN_FLIGHT_PARTS = {Priority.DEMAND: 1.0, Priority.WRITE: 0.75, Priority.BACKGROUND: 0.5}
-"""Part of the bounds on requests and bytes in flight that one class may fill."""
+"""Part of the bounds on requests and bytes in flight that a class and those below it may fill together."""
 
 CHARGE_BYTES_MIN = 4096
 """A request costs at least one page, also one that moves no bytes (a sync)."""

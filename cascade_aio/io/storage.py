@@ -18,9 +18,9 @@ import errno
 import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from cascade_aio.abc.storage import File, FileEntry, Lock, Priority
 from cascade_aio.errors import ClosedError
@@ -29,7 +29,7 @@ from cascade_aio.io.errors import explained
 from cascade_aio.io.files import DirectFile, FileLock, create_new, lock_file, open_existing, remove_created
 from cascade_aio.io.ring import Ring, RingFactory
 from cascade_aio.io.select import open_engine
-from cascade_aio.io.waiting import call_in_thread, call_with_undo
+from cascade_aio.io.waiting import call_with_undo
 
 CALL_THREADS = 4
 """Threads for opening, listing, syncing directories: slow calls, seldom many at once."""
@@ -37,7 +37,6 @@ CALL_THREADS = 4
 SMALL_FILE_BYTES_MAX = 1 << 30
 """``read_small`` refuses more: what it reads is held twice in memory for a moment."""
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -51,6 +50,8 @@ class PosixStorage:
         self._files: set[DirectFile] = set()
         self._temporary = itertools.count()
         self._closed = False
+        self._calls = 0  # in worker threads now
+        self._idle = asyncio.Event()
         self._opened = {"direct": 0, "buffered": 0, "not_preallocated": 0}
 
     @property
@@ -178,15 +179,31 @@ class PosixStorage:
             return
         self._closed = True
         cancelled: asyncio.CancelledError | None = None
-        steps: list[Callable[[], object]] = [self._engine.aclose, *(file.close for file in tuple(self._files))]
-        for step in steps:
+        failed: OSError | None = None  # a file's close: the others are closed all the same
+        # Each step ends its work before it raises. Calls come before files: an open may still add one.
+        while (step := self._next_closing()) is not None:
             try:
-                await step()  # type: ignore[misc]
-            except asyncio.CancelledError as error:  # each step ends its work before it raises
+                await step()
+            except asyncio.CancelledError as error:
                 cancelled = error
+            except OSError as error:
+                failed = error
         self._executor.shutdown(wait=False)
+        if failed is not None:
+            raise failed
         if cancelled is not None:
             raise cancelled
+
+    def _next_closing(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        if not self._engine.closed:
+            return self._engine.aclose
+        if self._calls:
+            return self._calls_ended
+        return next((file.close for file in self._files), None)
+
+    async def _calls_ended(self) -> None:
+        self._idle.clear()
+        await self._idle.wait()
 
     def _adopt(self, fd: int, path: str, *, direct: bool, preallocated: bool) -> DirectFile:
         file = DirectFile(
@@ -221,16 +238,21 @@ class PosixStorage:
             own.release()
 
     async def _call(self, function: Callable[..., T], *args: object, operation: str, path: str, **kwargs: object) -> T:
-        self._check_open()
         try:
-            return await call_in_thread(self._executor, function, *args, **kwargs)
+            return await self._call_with_undo(functools.partial(function, *args, **kwargs), None)
         except OSError as error:
             raise explained(error, operation, path) from error
 
-    async def _call_with_undo(self, function: Callable[[], T], undo: Callable[[T], None]) -> T:
-        """For calls that hand out a descriptor, which a cancelled caller never sees."""
+    async def _call_with_undo(self, function: Callable[[], T], undo: Callable[[T], None] | None) -> T:
+        """``undo`` for calls that hand out a descriptor, which a cancelled caller never sees."""
         self._check_open()
-        return await call_with_undo(self._executor, function, undo)
+        self._calls += 1
+        try:
+            return await call_with_undo(self._executor, function, undo)
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
 
 
 def open_storage(

@@ -13,6 +13,7 @@ import errno
 import os
 from collections.abc import Sequence
 
+from cascade_aio.errors import ConfigError
 from cascade_aio.io.engine import EngineLimits, TransferEngine
 from cascade_aio.io.pool import WorkerPool
 from cascade_aio.io.transfer import Kind, Request
@@ -63,7 +64,7 @@ class ThreadEngine(TransferEngine):
     def open(cls, *, threads: int = THREADS_DEFAULT, limits: EngineLimits | None = None) -> ThreadEngine:
         """Start ``threads`` threads (1 to ``THREADS_MAX``), which is also the bound on requests in flight."""
         if not 1 <= threads <= THREADS_MAX:
-            raise ValueError(f"threads={threads} must be between 1 and {THREADS_MAX}")
+            raise ConfigError(f"I/O threads={threads} must be between 1 and {THREADS_MAX}")
         return cls(threads, limits or EngineLimits())
 
     def _launch(self, request: Request) -> None:

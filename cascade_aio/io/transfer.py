@@ -154,7 +154,7 @@ class Transfer(Completion):
         self.spans = spans
         self.offset = offset
         self.priority = priority
-        self.nbytes = sum(span.nbytes for span in spans)
+        self.nbytes = spans[0].nbytes if len(spans) == 1 else sum(span.nbytes for span in spans)
         self.cut_bytes = 0
         self.end_bytes = self.nbytes  # lowered when a read meets the end of the file
         self.in_flight = 0
@@ -182,6 +182,12 @@ class Transfer(Completion):
         if self.kind is Kind.SYNC:
             self._index = 1
             return self._started(Request(self, token, 0, 0, [], PLAIN))
+        if locate is None and len(self.spans) == 1:  # the usual case, and the one with many small requests
+            start = self.cut_bytes
+            nbytes = min(self.nbytes - start, request_bytes_max)
+            self.cut_bytes = self._start = start + nbytes
+            self._index = self.cut_bytes // self.nbytes  # memory may be registered before the next cut
+            return self._started(Request(self, token, self.offset + start, nbytes, [(0, start, nbytes)], PLAIN))
         room = request_bytes_max
         pieces: list[tuple[int, int, int]] = []
         request_slot = PLAIN

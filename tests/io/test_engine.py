@@ -349,6 +349,22 @@ async def test_requests_in_registered_memory_use_it(file: PlainFile) -> None:
     os.close(file.fd)
 
 
+async def test_memory_may_be_registered_while_it_is_being_read_into(file: PlainFile) -> None:
+    content = random_pages(8 * MIB, 4)
+    os.pwrite(file.fd, content, 0)
+    ring = open_ring(EngineLimits(request_bytes_max=64 << 10, requests_in_flight_max=2))
+    memory = page_buffer(8 * MIB)
+    reading = asyncio.ensure_future(ring.read(file, [memory], 0))
+    await asyncio.sleep(0)
+    registered = await ring.register_memory(memory, piece_bytes=MIB + PAGE_BYTES)
+    assert await reading == 8 * MIB
+    assert memory == content
+    if not registered:
+        pytest.skip(f"memory cannot be registered here: {ring.statistics()['ring_notes']}")
+    await ring.aclose()
+    os.close(file.fd)
+
+
 async def test_a_refused_registration_is_told_and_harmless(file: PlainFile) -> None:
     os.ftruncate(file.fd, MIB)
     ring, native = instrumented()

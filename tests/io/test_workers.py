@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import crc32c
 import pytest
@@ -157,7 +158,7 @@ async def test_a_cancelled_call_has_left_its_buffers(workers: ByteWorkers) -> No
     rng = random.Random(5)
     for _ in range(10):
         payloads = [page_buffer(8 * MIB) for _ in range(4)]
-        tasks = [
+        tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(workers.ingest(memoryview(key), memoryview(value), payload, 4 * MIB, MIB, "blake3"))
             for payload in payloads
         ]
