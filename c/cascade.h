@@ -66,9 +66,11 @@ uint32_t cascade_ring_features(const cascade_ring *ring);
 int cascade_ring_submit(cascade_ring *ring, const struct cascade_op *ops, uint32_t count);
 /* Take up to `capacity` completions without blocking; flushes the kernel's overflow list. */
 int cascade_ring_reap(cascade_ring *ring, struct cascade_completion *out, uint32_t capacity);
-/* Block until at least one completion is there or `timeout_ms` passed (-ETIME). For shutdown only. */
+/* Block until at least one completion is there, `timeout_ms` passed (-ETIME) or a signal came (-EINTR).
+ * For shutdown only. */
 int cascade_ring_wait(cascade_ring *ring, uint32_t timeout_ms);
-/* Sparse table of `slots` fixed buffers, filled one by one; one buffer may have at most 1 GiB. */
+/* Sparse table of `slots` fixed buffers, filled one by one; one buffer may have at most 1 GiB (-EINVAL).
+ * Registering may run in another thread than submit and reap. */
 int cascade_ring_register_buffer_table(cascade_ring *ring, uint32_t slots);
 int cascade_ring_register_buffer(cascade_ring *ring, uint32_t slot, void *addr, uint64_t length);
 int cascade_ring_unregister_buffers(cascade_ring *ring);

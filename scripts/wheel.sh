@@ -9,7 +9,7 @@ python="$root/.venv/bin/python"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 rm -rf dist
-"$python" -m pip wheel --quiet --no-deps --no-build-isolation --config-settings=build-dir=build/wheel --wheel-dir dist .
+"$python" -m pip wheel --quiet --quiet --no-deps --no-build-isolation --config-settings=build-dir=build/wheel --wheel-dir dist .
 wheel=$(ls "$root"/dist/cascade_aio-*.whl)
 case $wheel in
 *-cp311-abi3-linux_*.whl) ;;
@@ -24,7 +24,7 @@ trap 'rm -rf "$elsewhere"' EXIT
 trap 'exit 1' INT TERM
 "$python" -m venv "$elsewhere/venv"
 cd "$elsewhere"
-CC=/bin/false venv/bin/python -m pip install --quiet --only-binary=:all: "$wheel"
+CC=/bin/false venv/bin/python -m pip install --quiet --quiet --only-binary=:all: "$wheel"
 venv/bin/python -c "
 import cascade_aio, cascade_aio._native as native
 assert cascade_aio.__file__.startswith('$elsewhere'), cascade_aio.__file__
