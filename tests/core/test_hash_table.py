@@ -86,6 +86,23 @@ def test_entries_that_run_over_the_end_of_a_shard_are_found_at_its_start() -> No
     assert len(table) == len(kept)
 
 
+def test_removals_leave_no_entry_unreachable() -> None:
+    """A crowded shard: after every removal each remaining entry is still found from its home."""
+    rng = np.random.default_rng(5)
+    words = rng.integers(0, 2**64, 88 * CELL_WORDS, dtype=np.uint64)
+    raw = words.tobytes()
+    table = KeyTable(words, whole_keys=False, entries_max=1)
+    for entry in range(88):
+        table.insert(entry)
+    assert len(table._shards[0]) == 128, "88 of 128 slots are as full as a shard gets"
+    left = set(range(88))
+    for entry in rng.permutation(88).tolist():
+        table.remove(entry)
+        left.discard(entry)
+        assert {other for other in range(88) if table.find(raw[32 * other : 32 * other + 16]) == other} == left
+    assert not any(table._shards[0])
+
+
 def test_unknown_entries_are_assertions() -> None:
     table = KeyTable(cells([bytes(32), b"x" * 32]), whole_keys=False, entries_max=2)
     table.insert(0)

@@ -173,6 +173,17 @@ def test_a_parent_inherits_the_heat_of_its_children() -> None:
     assert policy.victim() == 2, "the parent of a hot child is hotter than an older stranger"
 
 
+def test_inherited_heat_is_not_lost_when_a_colder_child_leaves() -> None:
+    policy = PrefixLru(protected_share_max=0.0)
+    policy.admit(0, nbytes=1)
+    policy.admit(1, parent=0, nbytes=1)
+    policy.admit(2, nbytes=1)
+    policy.admit(3, parent=0, nbytes=1)
+    policy.remove(3)
+    policy.remove(1)
+    assert policy.victim() == 2, "the parent is as hot as its hottest child was"
+
+
 def test_a_shared_prefix_outlives_strangers_but_not_for_ever() -> None:
     policy = PrefixLru()
     policy.admit(0, nbytes=1)
