@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from cascade_aio.cli.output import UsageError, out, print_json, run
 from cascade_aio.config import GIB, MIB, StoreConfig, format_size, parse_size
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import BLOCK_ID_BYTES, BlockId, PrefixKey
-from cascade_aio.store import open_store
+from cascade_aio.store import Block, open_store
 
 GET_ARENA_BYTES = GIB
 """Arena of a single ``get``: holds any block of usual size."""
@@ -98,8 +99,7 @@ def get(
 
 async def _get_block(config: StoreConfig, name: BlockId | PrefixKey, output: Path | None, part: str) -> dict[str, Any]:
     async with open_store(config) as store, store.get(name) as block:
-        parts = {"key": [block.key], "value": [block.value], "all": [block.key, block.value]}[part]
-        await asyncio.to_thread(_write_out, output, parts)
+        await asyncio.to_thread(_write_out, output, block, part)
         return {
             "block_id": block.block_id,
             "key_bytes": block.key.nbytes,
@@ -109,21 +109,21 @@ async def _get_block(config: StoreConfig, name: BlockId | PrefixKey, output: Pat
         }
 
 
-def _write_out(output: Path | None, parts: list[Any]) -> None:
-    if output is None:
-        for piece in parts:
-            sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
-        return
-    with open(output, "wb") as file:
-        for piece in parts:
-            file.write(piece)
+def _write_out(output: Path | None, block: Block, part: str) -> None:
+    """Runs in a thread, which is also what keeps the arrays no longer than the lease."""
+    with contextlib.ExitStack() as files:
+        file = sys.stdout.buffer if output is None else files.enter_context(open(output, "wb"))
+        if part != "value":
+            file.write(block.key)
+        if part != "key":
+            file.write(block.value)
+        file.flush()
 
 
 @store_command
-def ls(settings: Settings, root: PositionalRoot = None, json: Json = False) -> None:
+def ls(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """List the blocks of a root."""
-    with settings.private_arena(root, LOOK_ARENA_BYTES) as config:
+    with settings.private_arena(directory, LOOK_ARENA_BYTES) as config:
         rows = run(_list_blocks(config))
     if json:
         print_json(rows)

@@ -138,7 +138,7 @@ async def _play(config: StoreConfig, plan: DemoPlan, requests: list[Request]) ->
     cache_note = await asyncio.to_thread(drop_segments, config.root)
     started = time.perf_counter()
     async with open_store(config) as store:
-        phases.append(Timed("reopen", 0, time.perf_counter() - started, f"{len(store)} blocks found again"))
+        phases.append(Timed("reopen", 0, time.perf_counter() - started, "", f"{len(store)} blocks found again"))
         await store.wait_ready()
         async with lag.watched():
             phases.append(await cold_phase(store, blocks))

@@ -76,14 +76,17 @@ def print_report(report: DemoReport) -> None:
     """The table, and under it what was measured on what."""
     size = format_size(report.block_bytes)
     title = f"{report.blocks} blocks of {size}, {report.requests} requests"
-    table = Table("phase", "seconds", "GB/s", "raw limit", "ratio", "compared", "remarks", title=title)
+    table = Table(title=title)
+    for name in ("phase", "seconds", "GB/s", "raw limit", "ratio", "compared"):
+        table.add_column(name, justify="right" if name in ("seconds", "GB/s", "raw limit", "ratio") else "left")
     for row in report.phases:
-        limit = "" if row.limit_gb_per_s is None else f"{row.limit_gb_per_s:.2f}  {row.limit}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        rate = "" if row.gb_per_s is None else f"{row.gb_per_s:.2f}"
-        cells = (row.phase, f"{row.seconds:.3f}", rate, limit, ratio, row.compared, row.detail)
-        table.add_row(*(escape(cell) for cell in cells))
+        numbers = ("" if n is None else f"{n:.2f}" for n in (row.gb_per_s, row.limit_gb_per_s, row.ratio))
+        table.add_row(row.phase, f"{row.seconds:.3f}", *numbers, escape(row.compared))
     out.print(table, soft_wrap=False)
+    for row in report.phases:
+        remarks = [row.detail, f"raw limit: {row.limit}" if row.limit else ""]
+        if any(remarks):
+            out.print(f"{row.phase}: {'; '.join(filter(None, remarks))}", markup=False)
     host = report.host
     lines = [
         f"hits while storing: {report.block_hit_rate:.0%} of {report.blocks_asked} blocks, "

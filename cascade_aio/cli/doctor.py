@@ -36,15 +36,17 @@ def examine(config: StoreConfig) -> Iterator[Finding]:
 
 
 @store_command
-def doctor(settings: Settings, root: PositionalRoot = None, json: Json = False) -> None:
+def doctor(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """Check this machine; exit code 1 if a store cannot work here. ROOT defaults to the settings' or '.'."""
-    config = settings.config(root, default_root=".")
+    config = settings.config(directory, default_root=".")
     findings = list(examine(config))
     usable = all(finding.level != "fatal" for finding in findings)
     if json:
         print_json({"usable": usable, "findings": [dataclasses.asdict(finding) for finding in findings]})
     else:
-        table = Table("check", "", "found", "meaning and cure", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for name in ("check", "", "found", "meaning and cure"):
+            table.add_column(name, overflow="fold")  # a cure that is cut off cannot be copied
         for finding in findings:
             advice = escape(finding.meaning) + (f"\n[italic]→ {escape(finding.cure)}[/]" if finding.cure else "")
             level = f"[{_COLOURS[finding.level]}]{finding.level}[/]"

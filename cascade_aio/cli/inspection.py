@@ -18,9 +18,9 @@ from cascade_aio.store import open_store
 
 
 @store_command
-def stat(settings: Settings, root: PositionalRoot = None, json: Json = False) -> None:
+def stat(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """Print the statistics of a root as a freshly opened store sees them."""
-    with settings.private_arena(root, LOOK_ARENA_BYTES) as config:
+    with settings.private_arena(directory, LOOK_ARENA_BYTES) as config:
         statistics = run(_read_statistics(config))
     if json:
         print_json(statistics)
@@ -53,9 +53,9 @@ def _show(name: str, entry: Any) -> str:
 
 
 @store_command
-def verify(settings: Settings, root: PositionalRoot = None, json: Json = False) -> None:
+def verify(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """Read and check every block of a root; exit code 1 if any is damaged."""
-    with settings.private_arena(root, GET_ARENA_BYTES) as config:
+    with settings.private_arena(directory, GET_ARENA_BYTES) as config:
         report = run(_verify_root(config))
     if json:
         print_json(report)
