@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
 from cascade_aio.errors import CorruptionError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.active import seal_file
 from cascade_aio.segments.buffers import page_buffer, page_padded
+from cascade_aio.segments.checkpoint import Cover
 from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, TombstoneFact, VanishedFact
 from cascade_aio.segments.footer import FooterTables, Trailer, decode_trailer, footer_facts, record_facts
 from cascade_aio.segments.layout import Root, WriterClaim, list_segments, list_writers
@@ -29,15 +30,6 @@ SEARCH_BYTES_FOREIGN = 256 << 20
 
 SEARCH_BYTES_REFRESH = 0
 """A refresh does not look behind a hole: its writer is about to fill it."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cover:
-    """A checkpoint speaks for a segment up to this offset."""
-
-    identity: fmt.SegmentIdentity
-    upto: int
-    sealed: bool
 
 
 @dataclasses.dataclass(slots=True)
@@ -68,23 +60,28 @@ class Recovery:
         self._table = table
         self._claim = claim
 
-    async def recover_root(self, covers: Mapping[fmt.SegmentIdentity, Cover] | None = None) -> AsyncIterator[Fact]:
-        """All facts of the root that ``covers`` do not speak for.
+    async def recover_root(self, covers: Sequence[Cover] = ()) -> AsyncIterator[Fact]:
+        """All facts of the root that ``covers`` (of a checkpoint) do not speak for.
 
-        The table must hold the covered segments already (``SegmentTable.add`` in the checkpoint's
-        order, so that its numbers mean the same); those that are gone yield ``VanishedFact``.
+        Covered segments get their numbers first, in the order of ``covers``, so with an empty table
+        the checkpoint's segment numbers are positions in ``covers``. Those that are gone yield
+        ``VanishedFact`` at the end.
         """
-        covers = covers or {}
+        known: dict[fmt.SegmentIdentity, Cover] = {}
+        for cover in covers:
+            entry = self._table.add(cover.identity, own=self._is_own(cover.identity))
+            entry.scanned_bytes, entry.record_bytes = cover.upto, cover.record_bytes
+            known[cover.identity] = cover
         present = set()
         for identity, size in await self._list():
             present.add(identity)
-            async for fact in self._recover(identity, size, covers.get(identity), SEARCH_BYTES_FOREIGN):
+            async for fact in self._recover(identity, size, known.get(identity), SEARCH_BYTES_FOREIGN):
                 yield fact
-        for identity in covers:
-            entry = self._table.find(identity)
-            if identity not in present and entry is not None:
-                await self._table.forget(entry.number)
-                yield VanishedFact(entry.number)
+        for identity in known.keys() - present:
+            vanished = self._table.find(identity)
+            if vanished is not None:
+                await self._table.forget(vanished.number)
+                yield VanishedFact(vanished.number)
 
     async def refresh_root(self) -> AsyncIterator[Fact]:
         """What other writers added or removed since the last look. Own segments are not looked at."""
@@ -100,6 +97,13 @@ class Recovery:
             if entry.identity not in present and not self._is_own(entry.identity):
                 await self._table.forget(entry.number)
                 yield VanishedFact(entry.number)
+
+    async def facts_of(self, number: int) -> AsyncIterator[Fact]:
+        """Everything a sealed segment says, once more and from its start: before it is removed."""
+        entry = dataclasses.replace(self._table[number], scanned_bytes=0)
+        recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, RecoveryReport())
+        async for fact in recovery.facts(adopt=False, search_bytes=None):
+            yield fact
 
     def _is_own(self, identity: fmt.SegmentIdentity) -> bool:
         return self._claim is not None and identity.writer == self._claim.writer
@@ -120,12 +124,10 @@ class Recovery:
         own = self._is_own(identity)
         entry = self._table.add(identity, own=own)
         self.report.segments += 1
-        if cover is not None:
-            entry.scanned_bytes = max(entry.scanned_bytes, cover.upto)
-            if cover.sealed and size == cover.upto:
-                entry.sealed, entry.size_bytes = True, size
-                self.report.covered += 1
-                return
+        if cover is not None and cover.sealed and size == cover.upto:
+            entry.sealed, entry.size_bytes = True, size
+            self.report.covered += 1
+            return
         recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, self.report)
         try:
             async for fact in recovery.facts(adopt=own, search_bytes=None if own else search_bytes):
@@ -197,7 +199,7 @@ class SegmentRecovery:
                         yield fact
                 if trailer is not None:
                     entry.scanned_bytes = size
-        if adopt and not entry.sealed:
+        if adopt and not entry.sealed and (problem is None or self._tables.count):
             await self._seal()
 
     async def _check_header(self, file: File, end: int) -> tuple[bool, DamageFact | None]:
@@ -288,8 +290,6 @@ class SegmentRecovery:
                     sound.append(item)
             elif await check_payload(self._storage, self._engine, file, self._entry, item, buffer) is None:
                 sound.append(item)
-            elif item.offset < synced:
-                sound.append(Gap(item.offset, item.record_bytes, "torn although it was acknowledged", True))
             else:
                 self._report.torn_records += 1
         if not sound:

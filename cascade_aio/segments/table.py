@@ -14,7 +14,7 @@ import dataclasses
 import posixpath
 from collections.abc import AsyncIterator, Iterator
 
-from cascade_aio.abc.storage import File, Storage
+from cascade_aio.abc.storage import PAGE_BYTES, File, Storage
 from cascade_aio.segments.format import SegmentIdentity
 
 HANDLES_MAX = 256
@@ -45,6 +45,11 @@ class SegmentEntry:
     @property
     def name(self) -> str:
         return self.identity.name
+
+    @property
+    def data_end(self) -> int:
+        """Offset behind the last known record; behind it are a footer, or zeros, or news."""
+        return PAGE_BYTES + self.record_bytes
 
 
 class _Handle:

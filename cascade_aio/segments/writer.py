@@ -211,6 +211,7 @@ class SegmentWriter:
             return
         self._closing = True
         self._seal_at_end = seal
+        await asyncio.sleep(0)  # a run that was only just made a task starts now
         if not self._started:
             self._forget_rest()
             return
@@ -295,7 +296,8 @@ class SegmentWriter:
         first = pending.first_queued
         if first is None or self._broken is not None:
             return None
-        if pending.queued_bytes >= self.limits.linger_bytes or first.ticket <= pending.last_wanted:
+        urgent = pending.queued_bytes >= self.limits.linger_bytes or first.ticket <= pending.last_wanted
+        if urgent or self._full is not None:  # when full, the pause between attempts sets the pace
             return 0.0
         return first.appended_s + LINGER_SHARE * self.limits.tail_seconds_max - self._now_s()
 
@@ -520,7 +522,6 @@ class SegmentWriter:
             self._pending.settle(placed.appends)
             record = placed.appends[0].record
             if record is not None:
-                entry.live_bytes += placed.header.record_bytes
                 record.on_durable(Location(entry.number, placed.header.offset // PAGE_BYTES, record.header_pages))
         self._wake()
 
