@@ -105,10 +105,10 @@ class StoreConfig:
     """Larger reads and writes are split into requests of at most this size."""
     requests_in_flight_max: int = 64
     bytes_in_flight_max: int = 128 * MIB
-    tail_bytes_max: int = 64 * MIB
-    """Write-behind is started when so much is unwritten …"""
+    tail_bytes_max: int | None = None
+    """Puts wait while more than this is not on stable storage yet; ``None``: half of the arena."""
     tail_seconds_max: float = 1.0
-    """… or has been for so long."""
+    """What was put is written and synced after so long without a flush."""
     put_wait_seconds_max: float = 30.0
     """How long a put or get waits for arena room before ``TierFullError``."""
     read_seconds_max: float | None = None
@@ -149,8 +149,8 @@ _RANGES = {
     "request_bytes_max": _Range(ALIGNMENT_BYTES, GIB, ALIGNMENT_BYTES, size=True),
     "requests_in_flight_max": _Range(1, 4096),
     "bytes_in_flight_max": _Range(ALIGNMENT_BYTES, SIZE_BYTES_MAX, size=True),
-    "tail_bytes_max": _Range(0, SIZE_BYTES_MAX, size=True),
-    "tail_seconds_max": _Range(0, 3600, unit=" seconds"),
+    "tail_bytes_max": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),
+    "tail_seconds_max": _Range(0.001, 3600, unit=" seconds"),
     "put_wait_seconds_max": _Range(0, 86400, unit=" seconds"),
     "read_seconds_max": _Range(0.001, 86400, optional=True, unit=" seconds"),
     "workers": _Range(1, 256, optional=True),
@@ -218,7 +218,7 @@ def _validate_number(name: str, number: Any, limits: _Range) -> None:
         else:
             least, most = f"{limits.minimum:g}", f"{limits.maximum:g}"
         raise ConfigError(f"{name}={number} must be between {least} and {most}{limits.unit}")
-    if number % limits.multiple:
+    if limits.multiple > 1 and number % limits.multiple:
         nearest = max(int(limits.minimum), int(number) // limits.multiple * limits.multiple)
         raise ConfigError(f"{name}={number} must be a multiple of {limits.multiple}; use {nearest}")
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from cascade_aio.store.catalog import Copy
     from cascade_aio.store.getting import Getter
 
-_PACKAGE = __name__.partition(".")[0]
+_PASSED_BY = (__name__.partition(".")[0] + ".", "asyncio.")
+"""Modules that are never the place where a lease was taken."""
 
 _meta_decoder = msgspec.msgpack.Decoder(BlockMeta)
 
@@ -193,11 +194,11 @@ class _Survivors:
 
 
 def caller_of_package() -> str:
-    """``file:line`` of the nearest frame outside this package: where a lease was taken."""
+    """``file:line`` of the nearest frame outside this package and asyncio: where a lease was taken."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE + "."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PASSED_BY):
         frame = frame.f_back
-    return "unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "a task of its own" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 class GetRequest:

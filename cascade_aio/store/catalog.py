@@ -105,6 +105,15 @@ class Catalog:
         self.on_room: Callable[[], None] = lambda: None
         self.on_forget: Callable[[int], None] = lambda row: None
 
+    def adopt_index(self, index: BlockIndex) -> None:
+        """Start from a checkpoint's index instead of an empty one. Before anything else happened."""
+        assert not self.copies, "the catalog is in use"
+        assert not len(self.index), "the catalog is in use"
+        self.index = index
+        if self.disk_policy is not None:
+            for row in sorted(index.rows(), key=index.stamp):  # as if written in this order
+                self.disk_policy.admit(row, parent=index.parent_row(row), nbytes=self.record_bytes(row, 1))
+
     # -- rows ---------------------------------------------------------------------------------
 
     def row_of(self, digest: bytes, key_bytes: int, value_bytes: int) -> int:

@@ -119,6 +119,9 @@ class StoreContext:
     tasks: TaskScope = dataclasses.field(init=False)
     merger: CatalogMerger = dataclasses.field(init=False)
     recovery: Recovery = dataclasses.field(init=False)
+    facts_applied: int = 0
+    facts_since_checkpoint: int = 0
+    """Facts that recovery found beyond the checkpoint: with none and no writes, it need not be replaced."""
     refreshing: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
@@ -147,11 +150,14 @@ class StoreContext:
             self.failure = error
             self.room.close(InternalError(f"a background task of the store on {self.config.root} failed: {error!r}"))
 
-    def append(self, copy: Copy, bindings: Sequence[tuple[bytes, bytes | None]]) -> None:
-        """Queue a sealed copy for the segment writer, with its names. It is held until its record is durable."""
+    def append(self, copy: Copy, bindings: Sequence[tuple[bytes, bytes | None]], stamp: int | None = None) -> None:
+        """Queue a sealed copy for the segment writer, with its names. It is held until its record is durable.
+
+        A record that is written once more keeps its ``stamp``, so that a deletion between is not undone.
+        """
         self.catalog.hold(copy)
         copy.state = advance(copy.state, CopyEvent.COPY)
-        stamp = self.disk.stamp()
+        stamp = self.disk.stamp() if stamp is None else stamp
 
         def durable(location: Location) -> None:
             if copy.row >= 0:
@@ -186,7 +192,7 @@ class StoreContext:
             return
         bindings = self.catalog.index.bindings(copy.row)
         room = bindings_room(copy.header_bytes // PAGE_BYTES, len(copy.chunk_crcs), len(copy.meta))
-        self.append(copy, bindings[:room])
+        self.append(copy, bindings[:room], self.catalog.index.stamp(copy.row))
         for key, parent in bindings[room:]:
             self.disk.append_binding(copy.block_id, key, parent)
 

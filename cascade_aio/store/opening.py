@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
+import warnings
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any
 
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
-from cascade_aio.config import StoreConfig, arena_name, make_config
+from cascade_aio.config import StoreConfig, arena_name, format_size, make_config
 from cascade_aio.core.clock import HybridClock
 from cascade_aio.core.eviction import PrefixLru
 from cascade_aio.errors import ConfigError
@@ -24,6 +26,7 @@ from cascade_aio.io.engine import EngineLimits
 from cascade_aio.io.platform import open_platform
 from cascade_aio.segments.layout import claim_writer, open_root
 from cascade_aio.segments.reader import SegmentReader
+from cascade_aio.segments.stripe import prepare_directory
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.segments.writer import SegmentWriter, WriterLimits
 from cascade_aio.store.catalog import Catalog
@@ -32,7 +35,7 @@ from cascade_aio.store.context import StoreContext, TaskScope
 from cascade_aio.store.getting import Getter
 from cascade_aio.store.lending import LeaseDesk
 from cascade_aio.store.putting import Putter
-from cascade_aio.store.recovering import recover
+from cascade_aio.store.recovering import recover, save_checkpoint
 from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.store import Store
 from cascade_aio.tiers.arena import Arena, open_arena
@@ -130,6 +133,7 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     undo.push_sync(arena.close)
     claim = await claim_writer(storage, root, socket.gethostname())
     undo.push_sync(claim.release)
+    stripe = await _stripe(config, claim.path)
     clock = HybridClock()
     table = SegmentTable(storage, config.root)
     undo.push(table.aclose)
@@ -150,6 +154,7 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     )
     context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop))
     await recover(context, root, claim)
+    undo.push(functools.partial(save_checkpoint, context, root, claim))
     background = TaskScope(context.fail)
     undo.push(background.close)
     undo.push(writer.aclose)
@@ -162,8 +167,23 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     if config.disk_bytes is not None:
         context.tasks.spawn(space.run(), "cascade-space")
     space.check()
+    context.stripe = stripe
     context.closers = undo.steps
     return Store(context, getter, Putter(context, getter), space)
+
+
+async def _stripe(config: StoreConfig, path: str) -> str:
+    """Stripe new segments where the file system can; what came of it, for ``statistics``."""
+    if config.stripe == "off":
+        return "off"
+    defaults = StoreConfig(config.root)
+    asked = (config.stripe_count, config.stripe_bytes) != (defaults.stripe_count, defaults.stripe_bytes)
+    report = await prepare_directory(path, config.stripe_count, config.stripe_bytes, asked=asked)
+    if report.warning is not None:
+        warnings.warn(report.warning, RuntimeWarning, stacklevel=2)
+    if report.striped:
+        return f"{config.stripe_count} stripes of {format_size(config.stripe_bytes)}"
+    return report.warning or f"plain files on {report.file_system}"
 
 
 async def _prefault(context: StoreContext) -> None:

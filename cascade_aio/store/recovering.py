@@ -1,21 +1,50 @@
-"""What the root holds already: recovery at opening, news of other writers at ``refresh``."""
+"""What the root holds already: checkpoint and recovery at opening, news of other writers at ``refresh``.
+
+A checkpoint of this writer directory makes opening a matter of loading columns; without one, or with
+a damaged one, everything is found again in the segments.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import logging
+import posixpath
+from collections.abc import AsyncIterator, Mapping, Sequence
 
+import numpy as np
+
+from cascade_aio.core.index import BlockIndex, Columns, check_columns, select_columns
+from cascade_aio.errors import CorruptionError
+from cascade_aio.model import BLOCK_ID_BYTES
+from cascade_aio.segments.checkpoint import (
+    Checkpoint,
+    CheckpointFailure,
+    Cover,
+    covers_of,
+    read_checkpoint,
+    write_checkpoint,
+)
 from cascade_aio.segments.facts import BindingFact, BlockFact, Fact, TombstoneFact
-from cascade_aio.segments.layout import Root, WriterClaim
+from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.context import StoreContext
 
+logger = logging.getLogger("cascade_aio.store")
+
 
 async def recover(context: StoreContext, root: Root, claim: WriterClaim) -> None:
-    """Fill the catalog from the root's segments. Own open segments of a crash are sealed on the way."""
-    recovery = Recovery(context.platform.storage, context.platform.engine, root, context.disk.table, claim)
-    context.recovery = recovery
-    await _take_in(context, recovery.recover_root())
+    """Fill the catalog from the root. Own open segments of a crash are sealed on the way."""
+    storage, engine = context.platform.storage, context.platform.engine
+    context.recovery = Recovery(storage, engine, root, context.disk.table, claim)
+    found = await read_checkpoint(storage, engine, posixpath.join(claim.path, CHECKPOINT_FILE), store=root.store)
+    covers: Sequence[Cover] = ()
+    if isinstance(found, Checkpoint):
+        covers = await _load(context, found, claim)
+    elif isinstance(found, CheckpointFailure):
+        logger.warning("checkpoint %s is not used, the segments are read instead: %s", found.path, found.reason)
+    await _take_in(context, context.recovery.recover_root(covers))
+    context.facts_since_checkpoint = context.facts_applied
 
 
 async def refresh(context: StoreContext) -> int:
@@ -32,5 +61,66 @@ async def _take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
             if isinstance(fact, BlockFact | BindingFact | TombstoneFact):
                 context.disk.clock.observe(fact.stamp, wall_ns)
             fresh += context.merger.apply(fact)
+            context.facts_applied += 1
     context.merger.settle()
     return fresh
+
+
+async def _load(context: StoreContext, checkpoint: Checkpoint, claim: WriterClaim) -> Sequence[Cover]:
+    """Take the checkpoint's columns for the index; what it covers need not be read again."""
+    catalog, table = context.catalog, context.disk.table
+    columns = dict(checkpoint.columns)
+    tombstone_ids = columns.pop("tombstone_id", np.zeros((0, BLOCK_ID_BYTES), np.uint8))
+    tombstone_stamps = columns.pop("tombstone_stamp", np.zeros(0, np.uint64))
+    try:
+        check_columns(columns)
+        if len(columns["segment"]) and not 0 <= columns["segment"].max(initial=0) < len(checkpoint.covers):
+            raise CorruptionError("the checkpoint names a segment that it does not list")
+        index = await asyncio.to_thread(BlockIndex.from_columns, columns)
+    except CorruptionError as error:
+        logger.warning("the checkpoint in %s is not used, the segments are read instead: %s", claim.path, error)
+        return ()
+    for cover in checkpoint.covers:  # in order: numbers in the columns are positions in this list
+        table.add(cover.identity, own=cover.identity.writer == claim.writer).live_bytes = cover.live_bytes
+    catalog.adopt_index(index)
+    for block_id, stamp in zip(tombstone_ids, tombstone_stamps.tolist(), strict=True):
+        context.merger.facts.bury(block_id.tobytes(), stamp)
+    newest = int(columns["stamp"].max(initial=0))
+    context.disk.clock.observe(newest, context.platform.clock.wall_ns())
+    return checkpoint.covers
+
+
+async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim) -> None:
+    """At a clean end: what is known, for the next opening. A failure costs only time then."""
+    written = context.disk.writer.statistics
+    if not written.records and not written.notes and context.facts_applied == context.facts_since_checkpoint == 0:
+        return  # nothing was learnt that the checkpoint there does not say
+    covers, positions = covers_of(context.disk.table)
+    columns = await asyncio.to_thread(_columns_of, context.catalog.index, positions)
+    tombstones = context.merger.facts.tombstones()
+    ids = np.frombuffer(b"".join(tombstones), dtype=np.uint8).reshape(-1, BLOCK_ID_BYTES)
+    columns["tombstone_id"] = ids
+    columns["tombstone_stamp"] = np.fromiter(tombstones.values(), dtype=np.uint64, count=len(tombstones))
+    try:
+        await write_checkpoint(
+            context.platform.storage,
+            context.platform.engine,
+            posixpath.join(claim.path, CHECKPOINT_FILE),
+            store=root.store,
+            columns=columns,
+            covers=covers,
+        )
+    except OSError as error:
+        logger.warning("no checkpoint was written in %s (opening will read the segments): %s", claim.path, error)
+
+
+def _columns_of(index: BlockIndex, positions: Mapping[int, int]) -> Columns:
+    """Blocks that are on disk, with segments called by their position in the checkpoint."""
+    columns = index.export_columns()
+    segment = columns["segment"]
+    new_number = np.full(int(segment.max(initial=-1)) + 2, -1, dtype=np.int32)  # the last is what -1 looks up
+    for number, position in positions.items():
+        if number < len(new_number) - 1:
+            new_number[number] = position
+    columns["segment"] = new_number[segment]
+    return select_columns(columns, columns["segment"] >= 0)

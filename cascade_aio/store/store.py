@@ -258,6 +258,7 @@ class Store:
                 **self._space.statistics(),
                 "stripe": context.stripe,
                 "conflicts": context.merger.conflicts,
+                "recovery": dataclasses.asdict(context.recovery.report),
             },
             "io": context.platform.storage.statistics(),
             "damage": [str(error) for error in context.damage],
