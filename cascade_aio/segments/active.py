@@ -186,11 +186,18 @@ async def create_segment(
 
 
 async def seal_file(storage: Storage, file: File, entry: SegmentEntry, tables: FooterTables, data_end: int) -> int:
-    """Write footer and trailer at ``data_end`` and end the file there. Everything below is durable already."""
+    """Write footer and trailer at ``data_end`` and end the file there. Everything below is durable already.
+
+    The trailer is written after the footer is durable, so a trailer whose footer does not match is
+    damage and not an interrupted seal. Returns the bytes written. Raises ``OSError``.
+    """
     buffer = tables.encode(entry.identity, data_end)
-    await storage.write(file, [buffer], data_end)
     size = data_end + len(buffer)
+    if len(buffer) > PAGE_BYTES:
+        await storage.write(file, [buffer[:-PAGE_BYTES]], data_end)
     await storage.truncate(file, size)
+    await storage.sync(file)
+    await storage.write(file, [buffer[-PAGE_BYTES:]], size - PAGE_BYTES)
     await storage.sync(file)
     entry.size_bytes = entry.scanned_bytes = size
     entry.record_bytes = data_end - PAGE_BYTES

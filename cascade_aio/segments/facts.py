@@ -93,6 +93,10 @@ class FactMerger:
     def is_live(self, block_id: bytes, stamp: int) -> bool:
         return stamp > self._tombstones.get(block_id, -1)
 
+    def stamp_min(self, block_id: bytes) -> int:
+        """The smallest stamp that a new record or binding of this id needs to be live."""
+        return self._tombstones.get(block_id, -1) + 1
+
     def tombstones(self) -> dict[bytes, int]:
         """Newest tombstone of each id, for the checkpoint."""
         return dict(self._tombstones)

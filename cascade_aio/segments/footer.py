@@ -70,11 +70,12 @@ class FooterTables:
         body = b"".join((self._records, self._bindings, self._tombstones))
         buffer = page_buffer(page_padded(len(body)) + PAGE_BYTES)
         buffer[: len(body)] = body
+        footer_crc = crc32c.crc32c(buffer[:-PAGE_BYTES])
         trailer = buffer[-PAGE_BYTES:]
         _TRAILER.pack_into(
             trailer, 0, TRAILER_MAGIC, fmt.FORMAT_VERSION, 0, 0, identity.writer, identity.sequence, data_end,
             len(body), self.count, len(self._bindings) // _BINDING_ROW.size,
-            len(self._tombstones) // _TOMBSTONE_ROW.size, crc32c.crc32c(body),
+            len(self._tombstones) // _TOMBSTONE_ROW.size, footer_crc,
         )  # fmt: skip
         fmt.seal_page(trailer)
         return buffer
@@ -121,7 +122,7 @@ def decode_trailer(page: memoryview, identity: fmt.SegmentIdentity, file_bytes: 
 
 
 def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) -> Iterator[Fact]:
-    """The facts of a footer, in record order. ``body`` is ``trailer.footer_bytes`` long.
+    """The facts of a footer, in record order. ``body`` is the padded footer.
 
     Raises ``CorruptionError`` before the first fact if its checksum is wrong.
     """
@@ -135,6 +136,7 @@ def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) ->
             expected=f"{trailer.footer_crc:08x}",
             found=f"{found:08x}",
         )
+    body = body[: trailer.footer_bytes]
     first = trailer.records * _RECORD_ROW.size
     second = first + trailer.bindings * _BINDING_ROW.size
     bindings = _BINDING_ROW.iter_unpack(body[first:second])

@@ -140,6 +140,9 @@ class Recovery:
         except OSError as exc:
             self.report.damaged += 1
             yield DamageFact(entry.path, entry.name, 0, size, f"cannot be read: {exc.strerror}")
+        except BaseException:
+            entry.sealed = False  # cancelled half-way: the next look starts over
+            raise
         if recovery.removed:
             await self._table.forget(entry.number)
 
@@ -176,31 +179,42 @@ class SegmentRecovery:
             size = await self._storage.size(file)
             end = size // PAGE_BYTES * PAGE_BYTES
             written, problem = await self._check_header(file, end)
-            if problem is not None and start == 0:
+            if problem is not None and not written:
                 yield problem
+                return
             if written:
-                trailer = await self._trailer(file, size)
-                if trailer is not None:
-                    entry.sealed, entry.size_bytes = True, size
-                    entry.record_bytes, end = trailer.data_end - PAGE_BYTES, trailer.data_end
-                    try:
-                        for fact in await self._footer_facts(file, trailer):
-                            if _offset_of(fact) >= start:
-                                yield fact
-                        self._report.from_footer += 1
-                        entry.scanned_bytes = size
-                        return
-                    except CorruptionError as exc:
-                        yield DamageFact(entry.path, entry.name, trailer.data_end, trailer.footer_bytes, str(exc))
-                self._report.scanned += 1
-                verify = adopt and trailer is None
-                async for fact in self._scan(file, end, verify=verify, search_bytes=search_bytes):
+                async for fact in self._records(file, size, end, adopt=adopt, search_bytes=search_bytes):
+                    if problem is not None and start == 0:
+                        yield problem  # a torn header alone is a creation cut short; below records it is damage
+                        problem = None
                     if _offset_of(fact) >= start:
                         yield fact
-                if trailer is not None:
-                    entry.scanned_bytes = size
-        if adopt and not entry.sealed and (problem is None or self._tables.count):
+        if adopt and not entry.sealed:
             await self._seal()
+
+    async def _records(
+        self, file: File, size: int, end: int, *, adopt: bool, search_bytes: int | None
+    ) -> AsyncIterator[Fact]:
+        """Facts from the footer, else from a scan."""
+        entry = self._entry
+        trailer = await self._trailer(file, size)
+        if trailer is not None:
+            entry.sealed, entry.size_bytes = True, size
+            entry.record_bytes, end = trailer.data_end - PAGE_BYTES, trailer.data_end
+            try:
+                for fact in await self._footer_facts(file, trailer):
+                    yield fact
+                self._report.from_footer += 1
+                entry.scanned_bytes = size
+                return
+            except CorruptionError as exc:
+                yield DamageFact(entry.path, entry.name, trailer.data_end, size - trailer.data_end, str(exc))
+        self._report.scanned += 1
+        verify = adopt and trailer is None
+        async for fact in self._scan(file, end, verify=verify, search_bytes=search_bytes):
+            yield fact
+        if trailer is not None:
+            entry.scanned_bytes = size
 
     async def _check_header(self, file: File, end: int) -> tuple[bool, DamageFact | None]:
         """Whether there may be records, and what is wrong with page 0."""
@@ -239,7 +253,7 @@ class SegmentRecovery:
         except OSError as exc:
             reason = f"footer is unreadable ({exc.strerror})"
             raise CorruptionError(reason, path=self._entry.path, offset=trailer.data_end) from exc
-        return footer_facts(body[: trailer.footer_bytes], trailer, self._entry.number, self._entry.path)
+        return footer_facts(body, trailer, self._entry.number, self._entry.path)
 
     async def _scan(self, file: File, end: int, *, verify: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
         entry = self._entry

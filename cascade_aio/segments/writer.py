@@ -22,7 +22,7 @@ import errno
 from collections.abc import Callable, Sequence
 
 from cascade_aio.abc.storage import PAGE_BYTES, Storage
-from cascade_aio.errors import BrokenTierError, ClosedError, ConfigError, TierFullError
+from cascade_aio.errors import BrokenTierError, CascadeError, ClosedError, ConfigError, TierFullError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.active import ActiveSegment, Placed, Write, create_segment
 from cascade_aio.segments.buffers import page_buffer
@@ -204,7 +204,8 @@ class SegmentWriter:
         """Flush, seal the active segment (or leave it to the next adopter), end ``run``.
 
         Raises what flush raises, after everything has ended; what could not be written has then been
-        told ``on_failed``. Repeated calls do nothing.
+        told ``on_failed``. Repeated calls do nothing. Cancelled, it returns at once and the end goes
+        on in ``run``: cancel that too if the device hangs.
         """
         if self._closing:
             await self._ended.wait()
@@ -215,11 +216,16 @@ class SegmentWriter:
         if not self._started:
             self._forget_rest()
             return
+        error: CascadeError | None = None
         try:
             await self.flush()
+        except CascadeError as exc:
+            error = exc
         finally:
             self._stopping.set()
-            await self._ended.wait()
+        await self._ended.wait()
+        if error is not None:
+            raise error
 
     # -- the background ------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import errno
 import inspect
@@ -184,6 +185,12 @@ class MemoryDisk:
         byte = self.inode(path).read(bit // 8, 1)[0]
         self.poke(path, bit // 8, bytes([byte ^ (1 << (bit % 8))]))
 
+    def kill(self) -> MemoryDisk:
+        """The disk as the next process finds it after ``kill -9`` of all others: all is there, no lock is held."""
+        after = copy.deepcopy(self)
+        after.locked.clear()
+        return after
+
     def crash(self, seed: int | None = None) -> MemoryDisk:
         """The disk after a power loss; this one is left as it is.
 
@@ -272,6 +279,12 @@ class MemoryStorage:
     def crash(self, seed: int | None = None) -> MemoryStorage:
         """A new process on the disk that a power loss now would leave."""
         return MemoryStorage(self.disk.crash(seed), direct=self.direct)
+
+    def kill(self) -> MemoryStorage:
+        """A new process on the disk as it is now; this one's calls go on, on a disk nobody sees any more."""
+        after = MemoryStorage(self.disk.kill(), direct=self.direct)
+        self.freeze_at = None
+        return after
 
     async def _event(self, name: str, path: str, offset: int = 0, nbytes: int = 0, *, after: bool = False) -> None:
         if self._closed and not after:
@@ -521,9 +534,9 @@ class MemoryEngine:
         return Ingested(hasher.digest(), await self.checksum(payload, chunk_bytes))
 
     async def digest(
-        self, payload: memoryview, key_bytes: int, value_offset: int, chunk_bytes: int, digest: str
+        self, payload: memoryview, key_bytes: int, value_offset: int, value_bytes: int, chunk_bytes: int, digest: str
     ) -> Ingested:
-        key, value = bytes(payload[:key_bytes]), bytes(payload[value_offset:])
+        key, value = bytes(payload[:key_bytes]), bytes(payload[value_offset : value_offset + value_bytes])
         return await self.ingest(memoryview(key), memoryview(value), payload, value_offset, chunk_bytes, digest)
 
     async def checksum(self, payload: memoryview, chunk_bytes: int) -> tuple[int, ...]:
