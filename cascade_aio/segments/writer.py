@@ -31,6 +31,8 @@ from cascade_aio.segments.layout import Root, WriterClaim
 from cascade_aio.segments.pending import Append, PendingQueue, PendingRecord
 from cascade_aio.segments.table import SegmentTable
 
+__all__ = ["PendingRecord", "SegmentWriter", "WriterLimits", "WriterStatistics"]
+
 PLACED_PER_TURN_MAX = 128
 """Records placed in one loop turn: at some 5 µs each, well below a millisecond."""
 

@@ -50,7 +50,7 @@ class Operation:
     after: bool = False
 
 
-FaultHook = Callable[[Operation], BaseException | Awaitable[None] | None]
+FaultHook = Callable[[Operation], BaseException | Awaitable[object] | None]
 """Returns an exception to raise, or an awaitable that delays (and may raise), or ``None``."""
 
 

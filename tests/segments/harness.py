@@ -15,10 +15,11 @@ from cascade_aio.segments import format as fmt
 from cascade_aio.segments.checkpoint import Cover
 from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, Location, TombstoneFact
 from cascade_aio.segments.layout import Root, WriterClaim, claim_writer, open_root
+from cascade_aio.segments.pending import PendingRecord
 from cascade_aio.segments.reader import RecordRead, SegmentReader
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.segments.table import SegmentTable
-from cascade_aio.segments.writer import PendingRecord, SegmentWriter, WriterLimits
+from cascade_aio.segments.writer import SegmentWriter, WriterLimits
 from cascade_aio.testing.clock import ManualClock
 from cascade_aio.testing.memory import MemoryEngine, MemoryStorage
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -64,13 +65,15 @@ def small_block(**changes: object) -> fmt.RecordHeader:
 
 @settings(max_examples=60, deadline=None)
 @given(block_headers())
-def test_block_header_round_trip(header: fmt.RecordHeader):
+def test_block_header_round_trip(header: fmt.RecordHeader) -> None:
     assert decoded(encoded(header), header.offset) == header
 
 
 @settings(max_examples=60, deadline=None)
 @given(NOTE_BINDINGS, TOMBSTONES, U64, U64)
-def test_note_round_trip(bindings, tombstones, offset, stamp):
+def test_note_round_trip(
+    bindings: tuple[fmt.NoteBinding, ...], tombstones: tuple[fmt.Tombstone, ...], offset: int, stamp: int
+) -> None:
     pages = fmt.note_pages_for(len(bindings), len(tombstones))
     header = fmt.RecordHeader(
         fmt.NOTE, pages, pages * PAGE_BYTES, offset, stamp, 0, note_bindings=bindings, tombstones=tombstones
@@ -78,7 +81,7 @@ def test_note_round_trip(bindings, tombstones, offset, stamp):
     assert decoded(encoded(header), offset) == header
 
 
-def test_every_flipped_bit_of_a_header_is_detected():
+def test_every_flipped_bit_of_a_header_is_detected() -> None:
     pages = encoded(small_block())
     for bit in range(8 * PAGE_BYTES):
         pages[bit // 8] ^= 1 << (bit % 8)
@@ -92,7 +95,7 @@ def test_every_flipped_bit_of_a_header_is_detected():
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_arbitrary_bytes_never_confuse_the_decoder(data: st.DataObject):
+def test_arbitrary_bytes_never_confuse_the_decoder(data: st.DataObject) -> None:
     """Any fields whatsoever, with a valid checksum: a header, nothing, or CorruptionError."""
     count = data.draw(st.integers(1, 3))
     pages = memoryview(bytearray(data.draw(st.binary(max_size=160)).ljust(count * PAGE_BYTES, b"\0")))
@@ -113,7 +116,7 @@ def test_arbitrary_bytes_never_confuse_the_decoder(data: st.DataObject):
 
 
 @given(st.binary(max_size=9000))
-def test_random_bytes_are_no_record(raw: bytes):
+def test_random_bytes_are_no_record(raw: bytes) -> None:
     view = memoryview(raw)
     try:
         assert decoded(view, 0) is None
@@ -123,7 +126,7 @@ def test_random_bytes_are_no_record(raw: bytes):
         assert not any(raw[:PAGE_BYTES])
 
 
-def test_a_record_of_another_segment_or_offset_is_refused():
+def test_a_record_of_another_segment_or_offset_is_refused() -> None:
     pages = encoded(small_block())
     with pytest.raises(CorruptionError, match="another place"):
         decoded(pages, 8192)
@@ -131,7 +134,7 @@ def test_a_record_of_another_segment_or_offset_is_refused():
         fmt.decode_record(pages, fmt.SegmentIdentity(IDENTITY.writer, 8), path="x", offset=4096)
 
 
-def test_golden_bytes_of_a_record_header():
+def test_golden_bytes_of_a_record_header() -> None:
     """The format may not change unnoticed: these are the bytes of version 1."""
     pages = encoded(small_block())
     assert pages[:152].hex() == (
@@ -146,7 +149,7 @@ def test_golden_bytes_of_a_record_header():
     assert hashlib.sha256(pages).hexdigest() == "15287390684a366d585d47e914d601b5b19e96c529f512b4af1e6745c9a1f70d"
 
 
-def test_golden_bytes_of_a_segment_header():
+def test_golden_bytes_of_a_segment_header() -> None:
     page = memoryview(bytearray(PAGE_BYTES))
     header = fmt.SegmentHeader(b"S" * 16, IDENTITY, "sha256", 1 << 30, 42)
     fmt.encode_segment_header(page, header)
@@ -158,7 +161,7 @@ def test_golden_bytes_of_a_segment_header():
     assert fmt.decode_segment_header(page, path="x") == header
 
 
-def test_segment_header_of_another_version_is_refused_and_a_damaged_one_reported():
+def test_segment_header_of_another_version_is_refused_and_a_damaged_one_reported() -> None:
     page = memoryview(bytearray(PAGE_BYTES))
     assert fmt.decode_segment_header(page, path="x") is None
     fmt.encode_segment_header(page, fmt.SegmentHeader(b"S" * 16, IDENTITY, "sha256", 1 << 30, 42))
@@ -174,7 +177,7 @@ def test_segment_header_of_another_version_is_refused_and_a_damaged_one_reported
         fmt.decode_segment_header(page, path="x")
 
 
-def test_limits():
+def test_limits() -> None:
     assert fmt.header_pages_for(0, 0, 0) == 1
     assert fmt.header_pages_for(320 << 20, 1024, 20) == 1
     assert fmt.header_pages_for(fmt.PAYLOAD_BYTES_MAX, 1024, 0) == 5
@@ -184,12 +187,12 @@ def test_limits():
     assert fmt.note_pages_for(fmt.NOTE_ENTRIES_MAX, 0) == fmt.HEADER_PAGES_MAX
 
 
-def test_composing_a_header_is_quick_enough_for_the_loop():
+def test_composing_a_header_is_quick_enough_for_the_loop() -> None:
     """Compared with hashing 256 KiB on this machine, so that it holds on any: about 15 µs against 150 µs."""
     header, pages = small_block(), memoryview(bytearray(PAGE_BYTES))
     data = bytes(1 << 18)
 
-    def best(call) -> float:
+    def best(call: Callable[[], object]) -> float:
         times = []
         for _ in range(50):
             start = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Awaitable
 
 import pytest
 
@@ -15,7 +16,7 @@ def page(fill: int, count: int = 1) -> memoryview:
     return memoryview(bytearray([fill]) * (PAGE_BYTES * count))
 
 
-async def test_only_the_synced_survives_a_crash():
+async def test_only_the_synced_survives_a_crash() -> None:
     storage = MemoryStorage()
     await storage.make_directory("/d")
     await storage.sync_directory("/")
@@ -30,7 +31,7 @@ async def test_only_the_synced_survives_a_crash():
     assert storage.disk.content("/d/f")[PAGE_BYTES] == 2
 
 
-async def test_a_seed_keeps_some_unsynced_pages_and_tears_some():
+async def test_a_seed_keeps_some_unsynced_pages_and_tears_some() -> None:
     storage = MemoryStorage()
     file = await storage.create("/f", preallocate_bytes=64 * PAGE_BYTES)
     await storage.sync(file)
@@ -45,7 +46,7 @@ async def test_a_seed_keeps_some_unsynced_pages_and_tears_some():
     assert outcomes == {"kept", "dropped", "torn"}
 
 
-async def test_a_failed_sync_is_not_mended_by_a_later_one():
+async def test_a_failed_sync_is_not_mended_by_a_later_one() -> None:
     storage = MemoryStorage()
     file = await storage.create("/f", preallocate_bytes=2 * PAGE_BYTES)
     await storage.sync(file)
@@ -60,14 +61,14 @@ async def test_a_failed_sync_is_not_mended_by_a_later_one():
     assert storage.crash().disk.content("/f") == bytes(PAGE_BYTES) + bytes(page(2))
 
 
-async def test_a_sync_covers_only_writes_completed_before_it():
+async def test_a_sync_covers_only_writes_completed_before_it() -> None:
     storage = MemoryStorage()
     file = await storage.create("/f", preallocate_bytes=PAGE_BYTES)
     await storage.sync(file)
     await storage.sync_directory("/")
     gate = asyncio.Event()
 
-    def hold_sync(operation: Operation):
+    def hold_sync(operation: Operation) -> Awaitable[object] | None:
         return gate.wait() if operation.name == "sync" and not operation.after else None
 
     storage.hooks.append(hold_sync)
@@ -79,7 +80,7 @@ async def test_a_sync_covers_only_writes_completed_before_it():
     assert storage.crash().disk.content("/f") == bytes(PAGE_BYTES)
 
 
-async def test_no_space_freeze_locks_and_alignment():
+async def test_no_space_freeze_locks_and_alignment() -> None:
     storage = MemoryStorage(MemoryDisk(capacity_bytes=2 * PAGE_BYTES))
     with pytest.raises(OSError, match="No space") as full:
         await storage.create("/f", preallocate_bytes=3 * PAGE_BYTES)

@@ -13,10 +13,10 @@ from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import CascadeError, CorruptionError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.checkpoint import covers_of
-from cascade_aio.segments.facts import BlockFact, DamageFact, FactMerger, TombstoneFact, VanishedFact
+from cascade_aio.segments.facts import BlockFact, DamageFact, Fact, FactMerger, TombstoneFact, VanishedFact
 from cascade_aio.segments.scan import verify_records
 from cascade_aio.segments.writer import WriterLimits
-from cascade_aio.testing.memory import MemoryStorage
+from cascade_aio.testing.memory import MemoryStorage, Operation
 from tests.segments.harness import QUIET, SMALL, Block, Process, blocks_of, damages, running, said, start
 
 CRASH = WriterLimits(
@@ -128,7 +128,7 @@ async def _killed(storage: MemoryStorage) -> MemoryStorage:
 _LIVES: dict[MemoryStorage, asyncio.Task[None]] = {}
 
 
-async def test_power_loss_at_every_operation_with_many_seeds():
+async def test_power_loss_at_every_operation_with_many_seeds() -> None:
     event, reached = 0, True
     while reached:
         storage, promised, reached = await crashed(event)
@@ -141,7 +141,7 @@ async def test_power_loss_at_every_operation_with_many_seeds():
     assert event > 150, "the workload has shrunk"
 
 
-async def test_kill_at_every_operation():
+async def test_kill_at_every_operation() -> None:
     """The process dies, the kernel lives: what was written stays, synced or not."""
     event, reached = 0, True
     while reached:
@@ -150,7 +150,7 @@ async def test_kill_at_every_operation():
         event += 3
 
 
-async def test_a_crash_while_the_adopter_seals_loses_nothing():
+async def test_a_crash_while_the_adopter_seals_loses_nothing() -> None:
     storage, promised, _ = await crashed(150)
     base = storage.crash(7)
     event, reached = 0, True
@@ -188,7 +188,7 @@ def only_segment(storage: MemoryStorage) -> str:
     return path
 
 
-async def test_footer_and_scan_say_the_same():
+async def test_footer_and_scan_say_the_same() -> None:
     sealed, _ = await stored(seal=True)
     unsealed, _ = await stored(seal=False)
     async with running(sealed) as process:
@@ -201,7 +201,7 @@ async def test_footer_and_scan_say_the_same():
     assert said(from_footer) == said(from_scan)
 
 
-async def test_a_damaged_footer_or_trailer_is_replaced_by_a_scan():
+async def test_a_damaged_footer_or_trailer_is_replaced_by_a_scan() -> None:
     for from_end, reported in ((PAGE_BYTES + 8, 1), (100, 0)):
         storage, blocks = await stored()
         path = only_segment(storage)
@@ -213,7 +213,7 @@ async def test_a_damaged_footer_or_trailer_is_replaced_by_a_scan():
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-async def test_a_flipped_bit_anywhere_is_reported_with_path_and_offset_and_never_returned(sealed: bool):
+async def test_a_flipped_bit_anywhere_is_reported_with_path_and_offset_and_never_returned(sealed: bool) -> None:
     rng = random.Random(3)
     pristine, blocks = await stored(seal=sealed)
     path = only_segment(pristine)
@@ -233,6 +233,7 @@ async def test_a_flipped_bit_anywhere_is_reported_with_path_and_offset_and_never
             for read in wrong:
                 assert isinstance(read.outcome, CorruptionError)
                 assert read.outcome.offset is not None
+                assert read.outcome.path is not None
                 reports.append((read.outcome.path, read.outcome.offset, PAGE_BYTES + fmt.CHUNK_BYTES))
             if bit // 8 < PAGE_BYTES and sealed:
                 assert reports
@@ -243,7 +244,7 @@ async def test_a_flipped_bit_anywhere_is_reported_with_path_and_offset_and_never
             )
 
 
-async def test_damage_stays_known_after_the_adopter_sealed():
+async def test_damage_stays_known_after_the_adopter_sealed() -> None:
     storage, blocks = await stored(seal=False)
     path = only_segment(storage)
     offset = blocks[4].locations[0].page * PAGE_BYTES
@@ -258,11 +259,11 @@ async def test_damage_stays_known_after_the_adopter_sealed():
             assert len(blocks_of(facts)) == len(blocks) - 1
 
 
-async def test_an_unreadable_sector_is_damage_and_the_rest_is_found():
+async def test_an_unreadable_sector_is_damage_and_the_rest_is_found() -> None:
     storage, blocks = await stored(seal=False)
     bad = blocks[3].locations[0].page * PAGE_BYTES
 
-    def hook(operation):
+    def hook(operation: Operation) -> OSError | None:
         covers = operation.offset <= bad < operation.offset + operation.nbytes
         return OSError(5, "Input/output error") if operation.name == "read" and covers else None
 
@@ -273,7 +274,7 @@ async def test_an_unreadable_sector_is_damage_and_the_rest_is_found():
         assert [fact.offset for fact in damages(facts)] == [bad]
 
 
-async def test_an_empty_segment_of_ours_is_removed_and_its_number_not_reused():
+async def test_an_empty_segment_of_ours_is_removed_and_its_number_not_reused() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         writers = process.claim.path
@@ -285,7 +286,7 @@ async def test_an_empty_segment_of_ours_is_removed_and_its_number_not_reused():
         assert not [path for path in storage.disk.files if path.endswith(".seg")]
 
 
-async def test_checkpoint_and_tail_equal_a_full_scan():
+async def test_checkpoint_and_tail_equal_a_full_scan() -> None:
     storage = MemoryStorage()
     async with running(storage, SMALL) as process:
         for n in range(60):
@@ -310,12 +311,12 @@ async def test_checkpoint_and_tail_equal_a_full_scan():
     assert not any(fact[0] == "block" and fact in before for fact in news)
 
 
-async def _facts_elsewhere(storage: MemoryStorage):
+async def _facts_elsewhere(storage: MemoryStorage) -> list[Fact]:
     async with running(MemoryStorage(storage.disk), host="elsewhere") as process:
         return await process.facts()
 
 
-async def test_refresh_yields_only_news_of_other_writers():
+async def test_refresh_yields_only_news_of_other_writers() -> None:
     storage = MemoryStorage()
     async with running(storage, SMALL, host="a") as writer:
         first = [Block(n) for n in range(5)]
@@ -342,7 +343,7 @@ async def test_refresh_yields_only_news_of_other_writers():
             assert reader.table.get(gone.number) is None
 
 
-async def test_a_reader_that_holds_a_removed_segment_open_reads_on_and_others_miss():
+async def test_a_reader_that_holds_a_removed_segment_open_reads_on_and_others_miss() -> None:
     storage, blocks = await stored()
     async with running(MemoryStorage(storage.disk), host="b") as process:
         found = blocks_of(await process.facts())
@@ -356,7 +357,7 @@ async def test_a_reader_that_holds_a_removed_segment_open_reads_on_and_others_mi
             assert isinstance(read.outcome, LookupError)
 
 
-async def test_segments_of_another_store_are_not_read():
+async def test_segments_of_another_store_are_not_read() -> None:
     storage, _ = await stored()
     path = only_segment(storage)
     page = memoryview(bytearray(storage.disk.content(path)[:PAGE_BYTES]))
@@ -370,7 +371,7 @@ async def test_segments_of_another_store_are_not_read():
         assert path in storage.disk.files
 
 
-async def test_a_segment_of_another_format_version_is_refused():
+async def test_a_segment_of_another_format_version_is_refused() -> None:
     storage, _ = await stored()
     path = only_segment(storage)
     page = memoryview(bytearray(storage.disk.content(path)[:PAGE_BYTES]))
@@ -382,7 +383,7 @@ async def test_a_segment_of_another_format_version_is_refused():
             await process.facts()
 
 
-async def test_verify_reads_everything_and_names_the_damaged_mebibyte():
+async def test_verify_reads_everything_and_names_the_damaged_mebibyte() -> None:
     storage = MemoryStorage()
     large = Block(1, 20 << 20)
     async with running(storage, WriterLimits(segment_bytes=32 << 20)) as process:
@@ -405,7 +406,7 @@ async def test_verify_reads_everything_and_names_the_damaged_mebibyte():
         assert read.outcome.offset == bad - 12345
 
 
-async def test_one_bad_record_does_not_fail_its_neighbours():
+async def test_one_bad_record_does_not_fail_its_neighbours() -> None:
     storage, blocks = await stored()
     storage.disk.flip_bit(only_segment(storage), 8 * (blocks[5].locations[0].page * PAGE_BYTES + PAGE_BYTES + 7))
     async with running(storage) as process:
@@ -415,7 +416,7 @@ async def test_one_bad_record_does_not_fail_its_neighbours():
         assert process.reader.requests == 1, "neighbours are one request"
 
 
-async def test_cancelling_a_read_waits_and_leaks_nothing():
+async def test_cancelling_a_read_waits_and_leaks_nothing() -> None:
     storage, blocks = await stored()
     async with running(storage) as process:
         found = blocks_of(await process.facts())
@@ -431,7 +432,7 @@ async def test_cancelling_a_read_waits_and_leaks_nothing():
         assert not storage.open_files
 
 
-def test_merging_is_independent_of_order():
+def test_merging_is_independent_of_order() -> None:
     merger = FactMerger()
     assert merger.is_live(b"a" * 16, 5)
     assert merger.bury(b"a" * 16, 7)

@@ -12,11 +12,11 @@ from cascade_aio.errors import BrokenTierError, ClosedError, TierFullError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.facts import BindingFact, BlockFact, TombstoneFact
 from cascade_aio.segments.writer import WriterLimits
-from cascade_aio.testing.memory import MemoryDisk, MemoryStorage, Operation
+from cascade_aio.testing.memory import FaultHook, MemoryDisk, MemoryStorage, Operation
 from tests.segments.harness import QUIET, SMALL, Block, blocks_of, damages, running, start
 
 
-def fail(name: str, code: int, times: int = 1 << 30, suffix: str = ".seg"):
+def fail(name: str, code: int, times: int = 1 << 30, suffix: str = ".seg") -> FaultHook:
     """A hook that fails the next ``times`` operations ``name`` on segment files."""
     left = [times]
 
@@ -29,7 +29,7 @@ def fail(name: str, code: int, times: int = 1 << 30, suffix: str = ".seg"):
     return hook
 
 
-async def test_flush_makes_everything_before_it_durable_and_reports_it_once():
+async def test_flush_makes_everything_before_it_durable_and_reports_it_once() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         blocks = [Block(n, bindings=n % 3) for n in range(20)]
@@ -49,7 +49,7 @@ async def test_flush_makes_everything_before_it_durable_and_reports_it_once():
         assert set(blocks_of(await process.facts())) == {block.block_id for block in blocks}
 
 
-async def test_small_records_of_one_turn_are_one_write_and_one_sync():
+async def test_small_records_of_one_turn_are_one_write_and_one_sync() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         for n in range(50):
@@ -60,7 +60,7 @@ async def test_small_records_of_one_turn_are_one_write_and_one_sync():
         assert storage.write_sizes == [PAGE_BYTES, 50 * 2 * PAGE_BYTES], "header page, then all records at once"
 
 
-async def test_64_concurrent_flushes_share_a_few_syncs():
+async def test_64_concurrent_flushes_share_a_few_syncs() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
 
@@ -78,7 +78,7 @@ async def test_64_concurrent_flushes_share_a_few_syncs():
         assert process.writer.statistics.syncs <= 16
 
 
-async def test_appends_and_writes_go_on_during_a_sync():
+async def test_appends_and_writes_go_on_during_a_sync() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         gate = asyncio.Event()
@@ -103,7 +103,7 @@ async def test_appends_and_writes_go_on_during_a_sync():
         assert second.durable
 
 
-async def test_flush_does_not_wait_for_later_appends():
+async def test_flush_does_not_wait_for_later_appends() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         first, later = Block(1), Block(2, 2_000_000)
@@ -113,7 +113,7 @@ async def test_flush_does_not_wait_for_later_appends():
         second = Block(3)
         process.writer.append(second.pending())
         flush = asyncio.create_task(process.writer.flush())
-        while process.writer.statistics.writes < 2:
+        while process.writer.statistics.writes < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert not flush.done()
         storage.hooks.append(lambda op: gate.wait() if op.name == "write" and op.nbytes > 1 << 20 else None)
@@ -124,7 +124,7 @@ async def test_flush_does_not_wait_for_later_appends():
         gate.set()
 
 
-async def test_the_unwritten_tail_is_bounded_in_time():
+async def test_the_unwritten_tail_is_bounded_in_time() -> None:
     storage = MemoryStorage()
     async with running(storage, SMALL) as process:
         block = Block(1, 100)
@@ -132,11 +132,11 @@ async def test_the_unwritten_tail_is_bounded_in_time():
         await process.settle()
         assert not block.durable, "a small record lingers"
         async with asyncio.timeout(10):
-            while not block.durable:
+            while not block.durable:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
 
-async def test_large_blocks_start_at_once_in_bounded_writes():
+async def test_large_blocks_start_at_once_in_bounded_writes() -> None:
     storage = MemoryStorage()
     limits = WriterLimits(
         segment_bytes=1 << 24, write_bytes_max=1 << 20, inflight_bytes_max=2 << 20, tail_seconds_max=3600
@@ -162,7 +162,7 @@ async def test_large_blocks_start_at_once_in_bounded_writes():
         assert block.matches(read)
 
 
-async def test_segments_are_filled_sealed_and_switched_without_losing_any():
+async def test_segments_are_filled_sealed_and_switched_without_losing_any() -> None:
     storage = MemoryStorage()
     blocks = [Block(n, bindings=1) for n in range(300)]
     async with running(storage, SMALL) as process:
@@ -182,7 +182,7 @@ async def test_segments_are_filled_sealed_and_switched_without_losing_any():
     assert not storage.open_files
 
 
-async def test_the_next_segment_is_there_before_it_is_needed():
+async def test_the_next_segment_is_there_before_it_is_needed() -> None:
     storage = MemoryStorage()
     async with running(storage, SMALL) as process:
         for n in range(40):
@@ -195,7 +195,7 @@ async def test_the_next_segment_is_there_before_it_is_needed():
         )
 
 
-async def test_a_block_larger_than_a_segment_gets_one_of_its_own():
+async def test_a_block_larger_than_a_segment_gets_one_of_its_own() -> None:
     storage = MemoryStorage()
     async with running(storage, SMALL) as process:
         small, large, after = Block(1), Block(2, 3 << 20), Block(3)
@@ -210,7 +210,7 @@ async def test_a_block_larger_than_a_segment_gets_one_of_its_own():
 
 
 @pytest.mark.parametrize("operation", ["write", "sync"])
-async def test_a_failed_operation_moves_everything_unacknowledged_to_a_new_segment(operation: str):
+async def test_a_failed_operation_moves_everything_unacknowledged_to_a_new_segment(operation: str) -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         safe = [Block(n) for n in range(5)]
@@ -237,7 +237,7 @@ async def test_a_failed_operation_moves_everything_unacknowledged_to_a_new_segme
         assert not damages(facts)
 
 
-async def test_the_abandoned_segment_is_never_synced_or_written_again():
+async def test_the_abandoned_segment_is_never_synced_or_written_again() -> None:
     storage = MemoryStorage()
     async with running(storage, SMALL) as process:
         seen: list[str] = []
@@ -262,7 +262,7 @@ async def test_the_abandoned_segment_is_never_synced_or_written_again():
         assert seen == ["write"], "one write, and the sync that failed before it was seen here"
 
 
-async def test_after_too_many_failures_the_writer_is_broken():
+async def test_after_too_many_failures_the_writer_is_broken() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         storage.hooks.append(fail("sync", errno.EIO))
@@ -283,7 +283,7 @@ async def test_after_too_many_failures_the_writer_is_broken():
             await process.writer.aclose()
 
 
-async def test_a_success_in_between_forgives_failures():
+async def test_a_success_in_between_forgives_failures() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         for n in range(10):
@@ -296,7 +296,7 @@ async def test_a_success_in_between_forgives_failures():
 
 
 @pytest.mark.parametrize("operation", ["create", "write"])
-async def test_no_space_keeps_records_and_goes_on_when_there_is_room(operation: str):
+async def test_no_space_keeps_records_and_goes_on_when_there_is_room(operation: str) -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         storage.hooks.append(fail(operation, errno.ENOSPC))
@@ -319,7 +319,7 @@ async def test_no_space_keeps_records_and_goes_on_when_there_is_room(operation: 
         assert not process.writer.full
 
 
-async def test_a_nearly_full_disk_gets_a_smaller_segment():
+async def test_a_nearly_full_disk_gets_a_smaller_segment() -> None:
     storage = MemoryStorage(MemoryDisk(capacity_bytes=QUIET.segment_bytes // 2))
     async with running(storage) as process:
         block = Block(1)
@@ -328,7 +328,7 @@ async def test_a_nearly_full_disk_gets_a_smaller_segment():
         assert block.durable
 
 
-async def test_closing_a_full_writer_tells_the_owners():
+async def test_closing_a_full_writer_tells_the_owners() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         storage.hooks.append(fail("create", errno.ENOSPC))
@@ -341,7 +341,7 @@ async def test_closing_a_full_writer_tells_the_owners():
             process.writer.append(Block(2).pending())
 
 
-async def test_notes_of_a_commit_group_are_one_record():
+async def test_notes_of_a_commit_group_are_one_record() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         for n in range(30):
@@ -357,7 +357,7 @@ async def test_notes_of_a_commit_group_are_one_record():
         assert sum(isinstance(fact, BindingFact) for fact in facts) == 2030
 
 
-async def test_cancelling_run_tells_owners_and_leaves_no_open_file():
+async def test_cancelling_run_tells_owners_and_leaves_no_open_file() -> None:
     storage = MemoryStorage()
     process = await start(storage, QUIET)
     run = asyncio.create_task(process.writer.run())
@@ -374,7 +374,7 @@ async def test_cancelling_run_tells_owners_and_leaves_no_open_file():
     assert not storage.open_files
 
 
-async def test_cancelling_a_flush_cancels_nothing_else():
+async def test_cancelling_a_flush_cancels_nothing_else() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         block = Block(1)
@@ -387,7 +387,7 @@ async def test_cancelling_a_flush_cancels_nothing_else():
         assert block.durable
 
 
-async def test_an_empty_block_is_a_record_of_its_header():
+async def test_an_empty_block_is_a_record_of_its_header() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         block = Block(1, 0)
@@ -397,7 +397,7 @@ async def test_an_empty_block_is_a_record_of_its_header():
         assert block.matches(read)
 
 
-async def test_block_facts_carry_what_the_index_needs():
+async def test_block_facts_carry_what_the_index_needs() -> None:
     storage = MemoryStorage()
     async with running(storage) as process:
         block = Block(5, 10_000, bindings=2)

@@ -1,0 +1,147 @@
+"""Roots and writer directories: what is refused, who may write where, what is never reused."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+
+import pytest
+
+from cascade_aio.errors import ConfigError
+from cascade_aio.segments.format import SegmentIdentity
+from cascade_aio.segments.layout import claim_writer, list_writers, open_root
+from cascade_aio.segments.table import SegmentTable
+from cascade_aio.testing.clock import ManualClock
+from cascade_aio.testing.memory import MemoryDisk, MemoryStorage
+
+CLOCK = ManualClock()
+
+
+async def test_a_root_is_created_once_and_opened_by_all() -> None:
+    storage = MemoryStorage()
+    first = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    again = await open_root(MemoryStorage(storage.disk), "/kv", "sha256", clock=CLOCK)
+    assert first.created
+    assert not again.created
+    assert first.store == again.store
+    survivor = await open_root(storage.crash(), "/kv", "sha256", clock=CLOCK)
+    assert survivor.store == first.store
+
+
+async def test_two_processes_creating_one_root_agree() -> None:
+    storage = MemoryStorage()
+    roots = await asyncio.gather(
+        *(open_root(MemoryStorage(storage.disk), "/kv", "sha256", clock=CLOCK) for _ in range(5))
+    )
+    assert len({root.store for root in roots}) == 1
+    assert sum(root.created for root in roots) == 1
+
+
+async def test_what_is_no_usable_root_is_refused_clearly() -> None:
+    storage = MemoryStorage()
+    with pytest.raises(ConfigError, match="digest='md5'"):
+        await open_root(storage, "/kv", "md5", clock=CLOCK)
+    with pytest.raises(ConfigError, match="create=True"):
+        await open_root(storage, "/kv", "sha256", clock=CLOCK, create=False)
+    await storage.write_small("/file", [b"x"])
+    with pytest.raises(ConfigError, match="is a file"):
+        await open_root(storage, "/file", "sha256", clock=CLOCK)
+    await storage.make_directory("/home")
+    await storage.write_small("/home/thesis.tex", [b"x"])
+    with pytest.raises(ConfigError, match=r"not empty \(it holds thesis.tex\)"):
+        await open_root(storage, "/home", "sha256", clock=CLOCK)
+    await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    with pytest.raises(ConfigError, match='digest="sha256"'):
+        await open_root(storage, "/kv", "blake3", clock=CLOCK)
+    text = storage.disk.content("/kv/cascade.json")
+    await storage.write_small("/kv/cascade.json", [text.replace(b'"version": 1', b'"version": 7')])
+    with pytest.raises(ConfigError, match="written by format 7, this version reads 1"):
+        await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    await storage.write_small("/kv/cascade.json", [text[:20]])
+    with pytest.raises(ConfigError, match="is damaged"):
+        await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    await storage.write_small("/kv/cascade.json", [b'{"format": "other"}'])
+    with pytest.raises(ConfigError, match="does not describe"):
+        await open_root(storage, "/kv", "sha256", clock=CLOCK)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+async def test_a_root_that_cannot_be_written_is_refused(code: int) -> None:
+    storage = MemoryStorage()
+    storage.hooks.append(lambda op: OSError(code, "no way") if op.name == "make_directory" else None)
+    with pytest.raises(ConfigError, match="not writable: no way"):
+        await open_root(storage, "/kv", "sha256", clock=CLOCK)
+
+
+async def test_writer_directories_are_adopted_by_the_same_host_one_at_a_time() -> None:
+    storage = MemoryStorage()
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    first = await claim_writer(storage, root, "a")
+    second = await claim_writer(storage, root, "a")
+    assert first.writer != second.writer
+    first.take_sequence()
+    await first.save(storage)
+    first.release()
+    other_host = await claim_writer(storage, root, "b")
+    assert other_host.writer not in (first.writer, second.writer), "a lock proves nothing about another node"
+    adopted = await claim_writer(storage, root, "a")
+    assert (adopted.writer, adopted.adopted, adopted.sequence_next) == (first.writer, True, 2)
+    assert len(await list_writers(storage, root)) == 3
+
+
+async def test_a_crashed_writer_directory_is_adopted_above_its_files() -> None:
+    storage = MemoryStorage()
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    claim = await claim_writer(storage, root, "a")
+    await storage.create(f"{claim.path}/0000000041.seg")
+    await storage.create(f"{claim.path}/notes.txt")
+    adopted = await claim_writer(storage.kill(), root, "a")
+    assert adopted.sequence_next == 42
+
+
+async def test_without_locks_every_opener_gets_its_own_directory() -> None:
+    storage = MemoryStorage(MemoryDisk(locks=False))
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    claims = [await claim_writer(storage, root, "a") for _ in range(3)]
+    assert len({claim.writer for claim in claims}) == 3
+    assert all(claim.lock is None and not claim.adopted for claim in claims)
+
+
+async def test_descriptors_are_bounded_and_shared() -> None:
+    storage = MemoryStorage()
+    table = SegmentTable(storage, "/kv", handles_max=3)
+    await storage.make_directory(f"/kv/writers/{bytes(16).hex()}")
+    for sequence in range(10):
+        entry = table.add(SegmentIdentity(bytes(16), sequence), own=False)
+        await storage.create(entry.path)
+    for created in list(storage.open_files):
+        await created.close()
+    assert [entry.number for entry in table] == list(range(10)), "dense, in order"
+
+    async def use(number: int) -> None:
+        async with table.opened(number) as file:
+            assert file.path == table[number].path
+            await asyncio.sleep(0.001)
+
+    await asyncio.gather(*(use(number % 2) for number in range(20)))
+    assert storage.counts["open"] == 2, "concurrent readers share one descriptor"
+    for number in range(10):
+        await use(number)
+    assert len(storage.open_files) == table.open_handles == 3
+    async with table.opened(9) as file:
+        await table.forget(9)
+        assert file in storage.open_files, "a reader keeps what it holds"
+    assert file not in storage.open_files
+    with pytest.raises(FileNotFoundError):
+        await use(9)
+    again = table.add(SegmentIdentity(bytes(16), 9), own=False)
+    assert again.number == 10, "numbers are not reused"
+    await storage.unlink(table[1].path)
+    table2 = SegmentTable(storage, "/kv")
+    table2.add(SegmentIdentity(bytes(16), 1), own=False)
+    with pytest.raises(FileNotFoundError):
+        async with table2.opened(0):
+            pass
+    assert table2.open_handles == 0, "a failed open leaves nothing"
+    await table.aclose()
+    assert not storage.open_files
