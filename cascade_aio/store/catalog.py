@@ -39,7 +39,9 @@ class Copy:
         "leases",
         "meta",
         "row",
+        "stamp",
         "state",
+        "stranded",
         "value_bytes",
         "value_offset",
     )
@@ -68,6 +70,10 @@ class Copy:
         self.row = -1
         self.holds = 0
         self.leases = 0
+        self.stamp = 0
+        """Stamp of the newest record that was queued from this copy."""
+        self.stranded = False
+        """The segment writer gave it up: held, because it is the only copy, until it is dropped."""
         self.state = CopyState.FILLING
 
     def key_view(self) -> memoryview:
@@ -110,9 +116,8 @@ class Catalog:
         assert not self.copies, "the catalog is in use"
         assert not len(self.index), "the catalog is in use"
         self.index = index
-        if self.disk_policy is not None:
-            for row in sorted(index.rows(), key=index.stamp):  # as if written in this order
-                self.disk_policy.admit(row, parent=index.parent_row(row), nbytes=self.record_bytes(row, 1))
+        for row in sorted(index.rows(), key=index.stamp):  # as if written in this order
+            self._admit_on_disk(row)
 
     # -- rows ---------------------------------------------------------------------------------
 
@@ -199,10 +204,12 @@ class Catalog:
         self.copy_bytes -= copy.extent.nbytes
         if copy.holds:
             self.shm_policy.unpin(row)
-        self.shm_policy.remove(row)
-        if copy.holds:
             self.pinned_bytes -= copy.extent.nbytes
-        else:
+        self.shm_policy.remove(row)
+        if copy.stranded:
+            copy.stranded = False
+            copy.holds -= 1
+        if not copy.holds:
             self._free(copy)
             self.on_room()
 
@@ -226,21 +233,41 @@ class Catalog:
         if before is not None:
             self._account(row, before, -1)
         self.index.place(row, location.segment, location.page, location.header_pages, stamp)
-        nbytes = self._account(row, location, +1)
-        if self.disk_policy is not None and before is None:
-            self.disk_policy.admit(row, parent=self.index.parent_row(row), nbytes=nbytes)
+        self._account(row, location, +1)
+        self._admit_on_disk(row)
+
+    def _admit_on_disk(self, row: int) -> None:
+        """The disk budget is about own segments: dropping what others wrote gives no byte back."""
+        policy, location = self.disk_policy, self.index.location(row)
+        if policy is None or location is None:
+            return
+        entry = self.segments.get(location[0])
+        own = entry is not None and entry.own
+        if own and row not in policy:
+            policy.admit(row, parent=self.index.parent_row(row), nbytes=self.record_bytes(row, location[2]))
+        elif not own and row in policy:
+            policy.remove(row)
 
     def record_bytes(self, row: int, header_pages: int) -> int:
         """What the block's record takes in an extent and in a segment."""
         return header_pages * PAGE_BYTES + payload_bytes_of(*self.index.lengths(row))
 
-    def _account(self, row: int, location: tuple[int, int, int], sign: int) -> int:
-        """Keep the segment's live bytes; returns the record's size."""
-        nbytes = self.record_bytes(row, location[2])
+    def stored_bytes(self, row: int) -> int:
+        """What the record of a block on disk takes."""
+        location = self.index.location(row)
+        assert location is not None, row
+        return self.record_bytes(row, location[2])
+
+    def _account(self, row: int, location: tuple[int, int, int], sign: int) -> None:
+        """Keep the segment's live bytes."""
         entry = self.segments.get(location[0])
         if entry is not None:
-            entry.live_bytes += sign * nbytes
-        return nbytes
+            entry.live_bytes += sign * self.record_bytes(row, location[2])
+
+    def newest_stamp(self, row: int) -> int:
+        """Stamp of the newest record of ``row``, durable or queued; 0 for none."""
+        copy = self.copies.get(row)
+        return max(self.index.stamp(row), 0 if copy is None else copy.stamp)
 
     def unplace(self, row: int) -> None:
         """The disk copy is gone or not to be trusted; the row goes too if the arena has none."""
@@ -252,7 +279,7 @@ class Catalog:
         if location is not None:
             self._account(row, location, -1)
             self.index.unplace(row)
-            if self.disk_policy is not None:
+            if self.disk_policy is not None and row in self.disk_policy:
                 self.disk_policy.remove(row)
 
     def touch(self, row: int) -> None:

@@ -157,10 +157,12 @@ class StoreContext:
         """
         self.catalog.hold(copy)
         copy.state = advance(copy.state, CopyEvent.COPY)
-        stamp = self.disk.stamp() if stamp is None else stamp
+        # Newer than any deletion of it, even if the wall clock was set back since.
+        stamp = max(self.disk.stamp(), self.merger.facts.stamp_min(copy.block_id)) if stamp is None else stamp
+        copy.stamp = stamp
 
         def durable(location: Location) -> None:
-            if copy.row >= 0:
+            if copy.row >= 0 and self.catalog.index.stamp(copy.row) <= stamp:
                 self.catalog.place(copy.row, location, stamp)
             self._written(copy)
 
@@ -168,6 +170,8 @@ class StoreContext:
             self.counters.write_failures += 1
             if self.config.may_lose_unflushed or copy.row < 0 or self.closed:
                 self._written(copy)
+            else:
+                copy.stranded = True
 
         self.disk.append_block(
             PendingRecord(
@@ -194,7 +198,11 @@ class StoreContext:
         room = bindings_room(copy.header_bytes // PAGE_BYTES, len(copy.chunk_crcs), len(copy.meta))
         self.append(copy, bindings[:room], self.catalog.index.stamp(copy.row))
         for key, parent in bindings[room:]:
-            self.disk.append_binding(copy.block_id, key, parent)
+            self.append_binding(copy.block_id, key, parent)
+
+    def append_binding(self, block_id: bytes, key: bytes, parent: bytes | None) -> None:
+        """Queue a further name of a block that has a record, or will have."""
+        self.disk.append_binding(block_id, key, parent, max(self.disk.stamp(), self.merger.facts.stamp_min(block_id)))
 
     def _written(self, copy: Copy) -> None:
         """The segment writer needs the extent no more."""

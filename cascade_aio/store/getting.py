@@ -18,15 +18,17 @@ from cascade_aio.errors import (
     ClosedError,
     ConfigError,
     CorruptionError,
+    InternalError,
     TierFullError,
 )
 from cascade_aio.model import BLOCK_ID_BYTES, PREFIX_KEY_BYTES, BlockId, PrefixKey, Tier, is_prefix_key
 from cascade_aio.segments.facts import Location
-from cascade_aio.segments.format import payload_bytes_of, value_offset_of
+from cascade_aio.segments.format import RecordHeader
 from cascade_aio.segments.reader import RecordRead
 from cascade_aio.store.block import Block
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
+from cascade_aio.tiers.shm import Extent
 
 _PREFIX_ARENA_SHARE_MAX = 0.9
 """One prefix may pin at most this share of the arena: a longer one ends there instead of waiting for itself."""
@@ -106,7 +108,10 @@ class Getter:
         """A lease on a copy in the arena, or ``None`` when it takes I/O or is unknown. Never suspends."""
         context = self._context
         context.check()
-        copy = self._hot.get(name)  # type: ignore[arg-type]
+        try:
+            copy = self._hot.get(name)  # type: ignore[arg-type]
+        except TypeError:  # unhashable: no name, as ``find`` will say
+            copy = None
         if copy is None:
             row = self.find(name)
             copy = self._catalog.copies.get(row)
@@ -141,22 +146,23 @@ class Getter:
             self._leave(row, waiter)
             raise
         context.counters.disk_hits += 1
-        block = context.desk.lend(copy, Tier.DISK)
-        self._catalog.release(copy)
-        return block
+        try:
+            return context.desk.lend(copy, Tier.DISK)
+        finally:
+            self._catalog.release(copy)
 
     def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
         """How many leading keys are cached and where. No I/O, no lease: it may change at the next await."""
         self._context.check()
         tiers: list[Tier] = []
         for key in keys:
-            row = self._find_prefix(key)
+            row = self.find_prefix(key)
             if row < 0:
                 break
             tiers.append(Tier.SHM if row in self._catalog.copies else Tier.DISK)
         return PrefixLookup(tuple(tiers))
 
-    def _find_prefix(self, key: PrefixKey) -> int:
+    def find_prefix(self, key: PrefixKey) -> int:
         if not is_prefix_key(key):
             raise ConfigError(f"{key!r:.100} is no PrefixKey; make them with cascade_aio.prefix_keys(token_ids, ...)")
         return self._catalog.index.find_prefix(key)
@@ -170,11 +176,11 @@ class Getter:
             self._catalog.touch(row)
         context.counters.gets += len(rows)
         pending: list[tuple[int, Block | asyncio.Future[Copy]]] = []
-        for row in rows:
-            copy = self._catalog.copies.get(row)
-            pending.append((row, self._join(row) if copy is None else context.desk.lend(copy, Tier.SHM)))
         blocks: list[Block] = []
         try:
+            for row in rows:
+                copy = self._catalog.copies.get(row)
+                pending.append((row, self._join(row) if copy is None else context.desk.lend(copy, Tier.SHM)))
             await self._collect(pending, blocks)
         except BaseException:
             for block in blocks:
@@ -211,18 +217,18 @@ class Getter:
             context.counters.misses += 1  # the load has counted and reported the cause
 
     def _cached_rows(self, keys: Sequence[PrefixKey]) -> list[int]:
-        index = self._catalog.index
-        budget = int(self._catalog.shm.capacity_bytes * _PREFIX_ARENA_SHARE_MAX)
+        catalog = self._catalog
+        budget = int(catalog.shm.capacity_bytes * _PREFIX_ARENA_SHARE_MAX)
         rows: list[int] = []
         seen: set[int] = set()
         for key in keys:
-            row = self._find_prefix(key)
+            row = self.find_prefix(key)
             if row < 0:
                 self._context.counters.misses += 1
                 break
             if row not in seen:
-                key_bytes, value_bytes = index.lengths(row)
-                budget -= payload_bytes_of(key_bytes, value_bytes)
+                copy = catalog.copies.get(row)
+                budget -= catalog.stored_bytes(row) if copy is None else copy.extent.nbytes
                 seen.add(row)
             if budget < 0 and rows:
                 break
@@ -277,6 +283,10 @@ class Getter:
             raise
         except (CascadeError, OSError) as error:
             self._settle(row, load, error)
+        except BaseException as error:
+            # Nobody foresaw this: the task scope makes it the store's failure, and nobody is left waiting.
+            self._settle(row, load, InternalError(f"reading a block failed: {error!r}; please report this"))
+            raise
         else:
             self._settle(row, load, copy)
 
@@ -293,61 +303,67 @@ class Getter:
                 waiter.set_exception(outcome)
 
     async def _bring(self, row: int, load: _Load) -> Copy:
+        """The block in the arena. Whatever a read ends with counts only if the block is still where it was read."""
         context, catalog = self._context, self._catalog
         while True:
             location = catalog.index.location(row)
             if location is None:
                 raise _not_found(catalog.index.block_id(row), "it is neither in the arena nor on disk")
             digest = catalog.index.digest(row)
-            key_bytes, value_bytes = catalog.index.lengths(row)
-            header_pages = location[2]
-            header_bytes = header_pages * PAGE_BYTES
-            nbytes = header_bytes + payload_bytes_of(key_bytes, value_bytes)
+            nbytes = catalog.record_bytes(row, location[2])
+            read = RecordRead(Location(*location), nbytes, memoryview(b""), digest, *catalog.index.lengths(row))
             extent = await context.room.reserve(nbytes, demand=True, wait_s=context.config.put_wait_seconds_max)
             kept = False
             try:
-                header = await context.disk.read(
-                    RecordRead(Location(*location), nbytes, extent.memory, digest, key_bytes, value_bytes)
-                )
+                failure: CascadeError | OSError | None = None
+                read.extent = extent.memory
+                try:
+                    header = await context.disk.read(read)
+                except (CascadeError, OSError) as error:
+                    failure = error
                 if self._loads.get(row) is not load:
-                    raise _not_found(digest[:BLOCK_ID_BYTES], "it was deleted while it was being read")
+                    raise _not_found(digest[:BLOCK_ID_BYTES].hex(), "it was deleted while it was being read")
                 present = catalog.copies.get(row)
                 if present is not None:  # stored again meanwhile
                     return present
-                copy = Copy(
-                    extent,
-                    header_bytes=header_bytes,
-                    digest=digest,
-                    key_bytes=key_bytes,
-                    value_bytes=value_bytes,
-                    value_offset=value_offset_of(key_bytes),
-                    chunk_crcs=header.chunk_crcs,
-                    meta=header.meta,
-                )
-                catalog.admit(copy, row)
-                kept = True
-                return copy
-            except BlockNotFoundError:
-                if self._loads.get(row) is not load:
-                    raise
-                if catalog.index.location(row) == location:  # its segment has vanished
-                    catalog.unplace(row)
-                    raise
-            except CorruptionError as error:
-                context.report_damage(error)
-                if self._loads.get(row) is load and catalog.index.location(row) == location:
-                    self._catalog.unplace(row)
-                raise
-            except OSError:
-                context.counters.read_errors += 1
-                raise
+                if failure is None:
+                    copy = _copy_of(header, read, extent)
+                    catalog.admit(copy, row)
+                    kept = True
+                    return copy
+                if catalog.index.location(row) == location:
+                    self._judge(row, failure)
+                    raise failure
             finally:
                 if not kept:
                     context.shm.free(extent)
+                    context.room.freed()
+
+    def _judge(self, row: int, failure: CascadeError | OSError) -> None:
+        """What a failed read says about the block: damaged and vanished ones are forgotten, others tried again."""
+        if isinstance(failure, CorruptionError):
+            self._context.report_damage(failure)
+        elif isinstance(failure, OSError):
+            self._context.counters.read_errors += 1
+        if isinstance(failure, CorruptionError | BlockNotFoundError):
+            self._catalog.unplace(row)
 
     def _forget(self, row: int) -> None:
         """The row is being removed: a load of it must not come back as another block."""
         self._loads.pop(row, None)
+
+
+def _copy_of(header: RecordHeader, read: RecordRead, extent: Extent) -> Copy:
+    return Copy(
+        extent,
+        header_bytes=read.location.header_pages * PAGE_BYTES,
+        digest=read.digest,
+        key_bytes=read.key_bytes,
+        value_bytes=read.value_bytes,
+        value_offset=header.value_offset,
+        chunk_crcs=header.chunk_crcs,
+        meta=header.meta,
+    )
 
 
 def _not_found(name: object, why: str) -> BlockNotFoundError:

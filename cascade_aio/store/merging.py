@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cascade_aio.core.lifecycle import CopyState
 from cascade_aio.errors import CorruptionError, DigestConflictError
 from cascade_aio.segments.facts import (
     BindingFact,
@@ -22,7 +21,7 @@ from cascade_aio.segments.facts import (
 from cascade_aio.store.catalog import Catalog
 
 PENDING_BINDINGS_MAX = 1_000_000
-"""Bindings that wait for their block's record; beyond, the oldest are dropped (their prefix is a miss)."""
+"""Bindings that wait for their block's record or for their name; beyond, the newest are dropped (a miss)."""
 
 
 class CatalogMerger:
@@ -32,6 +31,7 @@ class CatalogMerger:
         self._catalog = catalog
         self._report_damage = report_damage
         self._pending: dict[bytes, list[BindingFact]] = {}
+        self._rivals: dict[bytes, list[BindingFact]] = {}
         self._pending_count = 0
         self.facts = FactMerger()
         self.conflicts = 0
@@ -51,7 +51,15 @@ class CatalogMerger:
         return 0
 
     def settle(self) -> None:
-        """All facts are in: bindings whose block never came are dropped."""
+        """All facts are in: bindings whose block never came are dropped, and names whose block turned out
+        to be deleted go to the oldest of those that came too late."""
+        index = self._catalog.index
+        for key, rivals in self._rivals.items():
+            for fact in sorted(rivals, key=lambda rival: (rival.stamp, rival.block_id)):
+                row = index.find(fact.block_id)
+                if row >= 0 and index.find_prefix(key) < 0 and self.facts.is_live(fact.block_id, fact.stamp):
+                    index.bind(key, row, fact.parent)
+        self._rivals.clear()
         self._pending.clear()
         self._pending_count = 0
 
@@ -63,10 +71,7 @@ class CatalogMerger:
         row = catalog.index.find(block_id)
         if row < 0:
             return
-        copy = catalog.copies.get(row)
-        if copy is not None and copy.state is CopyState.COPYING:
-            return  # put again after the deletion; its record will carry a newer stamp
-        if catalog.index.location(row) is None or catalog.index.stamp(row) <= stamp:
+        if catalog.newest_stamp(row) <= stamp:
             catalog.drop_row(row)
 
     def _block(self, fact: BlockFact) -> int:
@@ -81,7 +86,8 @@ class CatalogMerger:
         fresh = row < 0
         if fresh:
             row = catalog.index.add(fact.digest, fact.key_bytes, fact.value_bytes)
-        if catalog.index.location(row) is None or fact.stamp > catalog.index.stamp(row):
+        # Of equal stamps the one told last: compaction copies a record with its stamp and then removes the old one.
+        if catalog.index.location(row) is None or fact.stamp >= catalog.index.stamp(row):
             catalog.place(row, fact.location, fact.stamp)
         for waiting in self._pending.pop(fact.block_id, ()):
             self._pending_count -= 1
@@ -91,11 +97,13 @@ class CatalogMerger:
     def _binding(self, fact: BindingFact) -> None:
         if not self.facts.is_live(fact.block_id, fact.stamp):
             return
-        row = self._catalog.index.find(fact.block_id)
-        if row >= 0:
-            self._catalog.index.bind(fact.key, row, fact.parent)
-        elif self._pending_count < PENDING_BINDINGS_MAX:
-            self._pending.setdefault(fact.block_id, []).append(fact)
+        index = self._catalog.index
+        row = index.find(fact.block_id)
+        if row >= 0 and (index.bind(fact.key, row, fact.parent) or index.find_prefix(fact.key) == row):
+            return
+        if self._pending_count < PENDING_BINDINGS_MAX:
+            waiting, name = (self._pending, fact.block_id) if row < 0 else (self._rivals, fact.key)
+            waiting.setdefault(name, []).append(fact)
             self._pending_count += 1
 
     def _vanished(self, segment: int) -> None:

@@ -65,7 +65,7 @@ class Putter:
         """The block that ``prefix`` names already, if any."""
         if prefix is None:
             return None
-        row = self._catalog.index.find_prefix(prefix)
+        row = self._getter.find_prefix(prefix)
         if row < 0:
             return None
         self._context.counters.puts_bound += 1
@@ -189,7 +189,7 @@ class Putter:
             counters.deduplicated_bytes += draft.key_bytes + draft.value_bytes
             if draft.prefix is not None:
                 catalog.index.bind(draft.prefix, row, draft.parent)
-                context.disk.append_binding(copy.block_id, draft.prefix, draft.parent)
+                context.append_binding(copy.block_id, draft.prefix, draft.parent)
             catalog.touch(row)
             if row in catalog.copies:
                 return copy.block_id, False
@@ -328,7 +328,7 @@ class ReserveRequest:
         try:
             await context.platform.engine.copy([(fresh.memory[start:], extent.memory[start:])])
         except BaseException:
-            context.shm.free(fresh)
+            self._free(fresh)
             raise
         self._give_back(extent, survivors)
         return fresh

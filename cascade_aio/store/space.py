@@ -141,7 +141,7 @@ class SpaceKeeper:
                 elif isinstance(fact, BindingFact):
                     row = index.find(fact.block_id)
                     if row >= 0 and index.find_prefix(fact.key) == row:
-                        context.disk.append_binding(fact.block_id, fact.key, fact.parent)
+                        context.append_binding(fact.block_id, fact.key, fact.parent)
 
     def statistics(self) -> dict[str, object]:
         return {

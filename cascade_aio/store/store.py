@@ -185,10 +185,11 @@ class Store:
         """
         self._context.check()
         row = self._getter.resolve(name)
-        block_id = self._context.catalog.index.block_id(row)
+        catalog = self._context.catalog
+        block_id = catalog.index.block_id(row)
         self._context.counters.deletes += 1
-        stamp = self._context.disk.stamp()
-        self._context.catalog.drop_row(row)
+        stamp = max(self._context.disk.stamp(), catalog.newest_stamp(row))  # the wall clock may have been set back
+        catalog.drop_row(row)
         self._context.merger.facts.bury(block_id, stamp)
         self._context.disk.append_tombstone(block_id, stamp)
 

@@ -103,9 +103,9 @@ class DiskTier:
         except BrokenTierError as error:
             record.on_failed(error)
 
-    def append_binding(self, block_id: bytes, key: bytes, parent: bytes | None) -> None:
+    def append_binding(self, block_id: bytes, key: bytes, parent: bytes | None, stamp: int) -> None:
         """Queue a further name of a block that has a record. A broken writer keeps it in memory only."""
-        self._append_note((NoteBinding(block_id, key, parent, self.stamp()),), ())
+        self._append_note((NoteBinding(block_id, key, parent, stamp),), ())
 
     def append_tombstone(self, block_id: bytes, stamp: int) -> None:
         """Queue a deletion of everything of ``block_id`` up to ``stamp``."""
