@@ -99,7 +99,7 @@ async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock, c
         raise ConfigError(f"{root} cannot be read: {exc.strerror}; check its permissions") from exc
     if ROOT_FILE in names:
         return _check_root(root, await _read_json(storage, posixpath.join(root, ROOT_FILE)), digest)
-    strangers = sorted(name for name in names - _FOREIGN_NAMES if name != WRITERS and not name.startswith(ROOT_FILE))
+    strangers = sorted(name for name in names - _FOREIGN_NAMES if not _is_of_a_creation(name))
     if strangers:
         raise ConfigError(
             f"{root} is no store and not empty (it holds {', '.join(strangers[:3])}): name an empty or new directory"
@@ -113,6 +113,11 @@ async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock, c
         return await _create_root(storage, root, digest, clock)
     except OSError as exc:
         raise ConfigError(f"{root} is not writable: {exc.strerror}; check its permissions and free space") from exc
+
+
+def _is_of_a_creation(name: str) -> bool:
+    """Whether a root that is being created, or whose creation was cut short, holds such a name."""
+    return name == WRITERS or name.startswith((ROOT_FILE, "." + ROOT_FILE))
 
 
 async def _create_root(storage: Storage, root: str, digest: str, clock: Clock) -> Root:
@@ -131,8 +136,11 @@ async def _create_root(storage: Storage, root: str, digest: str, clock: Clock) -
         if exc.errno not in _LOCKS_UNKNOWN:
             raise
     try:
-        if any(entry.name == ROOT_FILE for entry in await storage.list_directory(root)):
+        entries = await storage.list_directory(root)
+        if any(entry.name == ROOT_FILE for entry in entries):
             return _check_root(root, await _read_json(storage, posixpath.join(root, ROOT_FILE)), digest)
+        if lock is not None:
+            await _remove_temporary(storage, root, entries)
         return await _write_root(storage, root, digest, clock)
     finally:
         if lock is not None:
@@ -192,8 +200,8 @@ async def _adopt(storage: Storage, root: Root, writer: bytes, host: str) -> Writ
     path = posixpath.join(root.writers_path, writer.hex())
     try:
         description = await _read_json(storage, posixpath.join(path, "writer.json"))
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, ConfigError):
+        return None  # whose directory it is cannot be told; its segments are read like those of others
     if description.get("host") != host or description.get("writer") != writer.hex():
         return None
     try:
@@ -206,7 +214,9 @@ async def _adopt(storage: Storage, root: Root, writer: bytes, host: str) -> Writ
         return None
     claim: WriterClaim | None = None
     try:
-        sequences = [sequence for sequence, _ in list_segments(await storage.list_directory(path))]
+        entries = await storage.list_directory(path)
+        await _remove_temporary(storage, path, entries)
+        sequences = [sequence for sequence, _ in list_segments(entries)]
         recorded = description.get("sequence_next")
         following = max([recorded if isinstance(recorded, int) else 1, *(sequence + 1 for sequence in sequences)])
         claim = WriterClaim(writer, path, host, following, lock, adopted=True)
@@ -214,6 +224,13 @@ async def _adopt(storage: Storage, root: Root, writer: bytes, host: str) -> Writ
         if claim is None:
             lock.release()
     return claim
+
+
+async def _remove_temporary(storage: Storage, path: str, entries: list[FileEntry]) -> None:
+    """Remove what processes that were killed within ``write_small`` left in a directory nobody else writes."""
+    for entry in entries:
+        if entry.name.startswith(".") and entry.name.endswith(".tmp") and not entry.is_dir:
+            await storage.unlink(posixpath.join(path, entry.name))
 
 
 async def _new_writer(storage: Storage, root: Root, host: str) -> WriterClaim:
@@ -270,7 +287,7 @@ def _writer_id(name: str) -> bytes | None:
 async def _read_json(storage: Storage, path: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(await storage.read_small(path), type=dict[str, Any])
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} is damaged ({exc}): restore it, or move the directory away") from exc
 
 
