@@ -29,7 +29,8 @@ def segment_path(root: str, identity: SegmentIdentity) -> str:
 class SegmentEntry:
     """One segment. ``record_bytes`` counts all its records, ``live_bytes`` is kept by the store.
 
-    ``scanned_bytes`` is the offset up to which its facts have been yielded.
+    ``scanned_bytes`` is the offset up to which its facts have been yielded. ``writing`` while this
+    process's writer has it open: a segment that was given up is neither written nor sealed.
     """
 
     number: int
@@ -41,6 +42,7 @@ class SegmentEntry:
     live_bytes: int = 0
     scanned_bytes: int = 0
     sealed: bool = False
+    writing: bool = False
 
     @property
     def name(self) -> str:

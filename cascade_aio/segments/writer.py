@@ -259,6 +259,7 @@ class SegmentWriter:
     async def _close(self, segment: ActiveSegment) -> None:
         self._segments.discard(segment)
         await segment.close()
+        segment.entry.writing = False
 
     async def _finish(self) -> None:
         if self._prepared is not None:
@@ -368,6 +369,7 @@ class SegmentWriter:
     async def _create(self, capacity_bytes: int) -> ActiveSegment:
         identity = fmt.SegmentIdentity(self._claim.writer, self._claim.take_sequence())
         entry = self._table.add(identity, own=True)
+        entry.writing = True
         header = fmt.SegmentHeader(self._root.store, identity, self._root.digest, capacity_bytes, self._stamp())
         segment: ActiveSegment | None = None
         try:

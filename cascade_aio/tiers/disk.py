@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
+from collections.abc import Callable
 
 from cascade_aio.abc.storage import Platform
 from cascade_aio.config import format_size
@@ -48,6 +50,8 @@ class DiskTier:
         self._backlog_bytes_max = backlog_bytes_max
         self._backlog_waiters: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
         self._backlog_closed: BaseException | None = None
+        self.over_budget: Callable[[], bool] = lambda: False
+        """Whether files are over their budget and some are about to be removed: then nothing more is let in."""
         self._batch: list[RecordRead] = []
         self._batch_done: asyncio.Task[None] | None = None
 
@@ -130,7 +134,8 @@ class DiskTier:
         """Return once ``nbytes`` more may be waiting for the disk. Does not suspend when they may now.
 
         A backlog of nothing admits a record of any size; a writer that is full or broken admits
-        everything, because then the arena is the bound. Raises ``TierFullError`` after ``wait_s``.
+        everything, because then the arena is the bound. Over the disk budget nothing is admitted until
+        segments have been removed. Raises ``TierFullError`` after ``wait_s``.
         """
         if self._backlog_closed is not None:
             raise self._backlog_closed
@@ -173,8 +178,10 @@ class DiskTier:
 
     def _admits(self, nbytes: int) -> bool:
         writer = self.writer
+        if writer.full or writer.broken:
+            return True
         backlog = writer.backlog_bytes
-        return not backlog or backlog + nbytes <= self._backlog_bytes_max or writer.full or writer.broken
+        return not self.over_budget() and (not backlog or backlog + nbytes <= self._backlog_bytes_max)
 
     def describe_backlog(self) -> str:
         """For messages: what waits for the disk, and why."""
@@ -184,15 +191,17 @@ class DiskTier:
     # -- room on disk -------------------------------------------------------------------------
 
     def space_freed(self) -> None:
-        """Files were removed: a full writer tries again."""
+        """Files were removed: a full writer tries again, and puts that the budget held back go on."""
         self.writer.space_freed()
+        self.backlog_changed()
 
     async def remove_segment(self, number: int) -> None:
-        """Unlink an own sealed segment in which nothing live is left; open readers read on."""
+        """Unlink an own segment in which nothing live is left; open readers read on. Gone already: just as well."""
         entry = self.table[number]
         assert entry.own, entry.name
-        assert entry.sealed, entry.name
-        await self._platform.storage.unlink(entry.path)
+        assert not entry.writing, entry.name
+        with contextlib.suppress(FileNotFoundError):
+            await self._platform.storage.unlink(entry.path)
         await self.table.forget(number)
 
     def statistics(self) -> dict[str, object]:

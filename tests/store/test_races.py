@@ -262,7 +262,8 @@ def test_a_block_moved_by_compaction_is_found_after_a_crash_and_by_other_stores(
         store = await world.open(disk_bytes=8 << 20, shm_bytes=4 << 20)
         reader = await world.open()
         kept = await store.put(*block("kept", 100_000), prefix=KEYS[0])
-        await store.flush()
+        for i in range(4):
+            await store.put(*block(f"beside {i}", 200_000))
         await store.aclose()  # with a checkpoint that knows the old place
         store = await world.open(disk_bytes=8 << 20, shm_bytes=4 << 20)
         await reader.refresh()
