@@ -113,10 +113,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     target: Target | None = None
     notes: str = ""
 
+    def of_ratio(self) -> bool:
+        """Whether the row speaks about the ratio of its pair (as it does without a target) or about our value."""
+        return self.target.of == "ratio" if self.target else self.ratio is not None
+
     def achieved(self) -> float:
-        """The number that is held against the target (the ratio if there is a pair and no target)."""
-        of_ratio = self.target.of == "ratio" if self.target else self.ratio is not None
-        summary = self.ratio if of_ratio else self.ours.summary
+        """The number that is held against the target."""
+        summary = self.ratio if self.of_ratio() else self.ours.summary
         assert summary is not None, f"{self.figure} has a target for a ratio and no pair"
         if self.target is None or self.target.use == "median":
             return summary.median

@@ -12,6 +12,7 @@ import asyncio
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -77,6 +78,7 @@ def _run_cases(
     for number, case in enumerate(todo, start=1):
         line = case.lines[0]
         name = f"[{number}/{len(todo)}] {line.title} {line.variant} ({line.block_bytes >> 10} KiB)"
+        started = time.monotonic()
         with console.status(name):
             try:
                 rows: list[results.Row | NotRun] = [*asyncio.run(case.measure(session, case.lines))]
@@ -87,7 +89,9 @@ def _run_cases(
                 ]
         for row in rows:
             results.put_row(result, row)
-            console.print(_told(row), highlight=False)
+            console.print(
+                f"{_told(row)} [{time.monotonic() - started:.0f} s]", highlight=False, markup=False, soft_wrap=True
+            )
         results.save(out, result)
 
 
@@ -100,7 +104,7 @@ def _told(row: results.Row | NotRun) -> str:
     what = f"{row.figure} {row.block_bytes >> 10} KiB {row.variant}".rstrip()
     if isinstance(row, NotRun):
         return f"{what}: not run: {row.reason}"
-    unit = "" if row.target is not None and row.target.of == "ratio" else f" {row.ours.unit}"
+    unit = "" if row.of_ratio() else f" {row.ours.unit}"
     ours, other = row.ours.summary.median, row.other
     against = f", {other.name} {other.summary.median:.3g} {other.unit}" if other else ""
     return f"{what}: {row.achieved():.3g}{unit} ({row.verdict()}); ours {ours:.3g} {row.ours.unit}{against}"

@@ -52,7 +52,7 @@ class Scale:
 FULL = Scale(
     quick=False,
     shrink=1,
-    round_bytes=GIB,
+    round_bytes=2 * GIB,
     disk_bytes=DISK_BYTES_MAX - GIB,
     repeats=REPEATS_MIN,
     hot_operations=50_000,

@@ -7,12 +7,14 @@ must not know any single figure.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import itertools
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Literal
 
@@ -36,6 +38,8 @@ OURS = "cascade"
 EXTENT_OVERHEAD_BYTES = 2 * 4096
 """Header page of an extent and the padding of the two parts, per block, when arenas are sized."""
 ARENA_FLOOR_BYTES = 8 << 20
+SETTLE_SECONDS_MAX = 120.0
+SETTLE_POLL_SECONDS = 0.02
 
 _arena_numbers = itertools.count()
 
@@ -122,12 +126,14 @@ class Session:
     @contextlib.asynccontextmanager
     async def open(self, root: pathlib.Path, *, shm_bytes: int, **settings: Scalar) -> AsyncIterator[ca.Store]:
         """A store on ``root`` with an arena of its own, so that nothing an earlier store had in memory
-        is found; the arena is removed at the end."""
+        is found; the arena is removed at the end. What is yielded has all of its arena populated: the
+        first touch of memory is a cost of starting, paid in the background, and not of any figure."""
         arena = self.new_arena_name()
         settings = {"shm_bytes": shm_bytes, "io_backend": self.io_backend, **settings}
         try:
             async with ca.open_store(root, arena=arena, **settings) as store:
                 self._opened = _describe(store, settings)
+                await _settled(store)
                 yield store
         finally:
             self.remove_arena(arena)
@@ -171,6 +177,18 @@ class Session:
             target=line.target,
             notes=notes,
         )
+
+
+async def _settled(store: ca.Store) -> None:
+    """Wait until the arena is populated. Raises ``BenchError`` if that never comes to an end."""
+    deadline = time.monotonic() + SETTLE_SECONDS_MAX
+    while (shm := store.statistics()["shm"])["ready_bytes"] < shm["capacity_bytes"]:
+        if time.monotonic() > deadline:
+            raise BenchError(
+                f"after {SETTLE_SECONDS_MAX:.0f} s only {shm['ready_bytes']} of {shm['capacity_bytes']} bytes of the "
+                "arena were populated: this machine is too short of memory, or too busy, to measure"
+            )
+        await asyncio.sleep(SETTLE_POLL_SECONDS)
 
 
 def _describe(store: ca.Store, settings: dict[str, Scalar]) -> Opened:

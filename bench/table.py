@@ -52,9 +52,8 @@ def update(readme: pathlib.Path, result: ResultFile, *, check: bool) -> None:
 
 
 def _row_text(row: Row) -> str:
-    of_ratio = row.ratio is not None and (row.target is None or row.target.of == "ratio")
-    summary = row.ratio if of_ratio and row.ratio is not None else row.ours.summary
-    unit = "" if of_ratio else f" {row.ours.unit}"
+    summary = row.ratio if row.ratio is not None and row.of_ratio() else row.ours.summary
+    unit = "" if row.of_ratio() else f" {row.ours.unit}"
     reached = f"**{_number(row.achieved())}**{unit} ({_range(summary)})"
     measured = f"{_number(row.ours.summary.median)} {row.ours.unit}"
     if row.other is not None:
