@@ -44,12 +44,13 @@ class Placed:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Write:
-    """One vectored write. ``ticket`` is the oldest append it carries."""
+    """One vectored write. ``ticket`` is the oldest append it carries; ``joins``: more records may be added."""
 
     offset: int
     nbytes: int
     buffers: list[memoryview]
     ticket: int
+    joins: bool
     done: bool = False
 
 

@@ -36,6 +36,10 @@ __all__ = ["PendingRecord", "SegmentWriter", "WriterLimits", "WriterStatistics"]
 PLACED_PER_TURN_MAX = 128
 """Records placed in one loop turn: at some 5 µs each, well below a millisecond."""
 
+JOINED_RECORD_BYTES_MAX = 512 << 10
+"""Records up to this share a vectored write. A larger one goes alone: its request costs little beside
+its bytes, and only a request with a single buffer can use memory registered with io_uring."""
+
 WRITE_BUFFERS_MAX = 512
 """Buffers of one vectored write; the kernel takes 1024."""
 
@@ -451,16 +455,18 @@ class SegmentWriter:
     def _plan_record(self, segment: ActiveSegment, placed: Placed, writes: list[Write]) -> None:
         segment.place(placed)
         offset, rest = placed.header.offset, placed.buffer
+        joins = len(rest) <= JOINED_RECORD_BYTES_MAX
         while rest:
             last = writes[-1] if writes else None
             space = 0 if last is None else self.limits.write_bytes_max - last.nbytes
             if (
                 last is None
+                or not (joins and last.joins)
                 or len(last.buffers) >= WRITE_BUFFERS_MAX
                 or space < min(len(rest), PAGE_BYTES)
                 or (space < len(rest) <= self.limits.write_bytes_max)
             ):
-                last = Write(offset, 0, [], placed.first_ticket)
+                last = Write(offset, 0, [], placed.first_ticket, joins)
                 writes.append(last)
                 space = self.limits.write_bytes_max
             piece, rest = rest[:space], rest[space:]

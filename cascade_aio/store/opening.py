@@ -47,6 +47,10 @@ SEGMENTS_PER_BUDGET_MIN = 8
 
 _SEGMENT_BYTES_MIN = 1 << 20
 
+SYNC_BYTES_MIN = 256 << 20
+"""A sync makes the device drop everything else for some milliseconds: without a flush that asks for
+one, it is due only when half of what may be undurable waits for it, and this at least."""
+
 
 def open_store(root: str | os.PathLike[str] | StoreConfig, **settings: Any) -> StoreOpening:
     """Open (or create) the store in the directory ``root``.
@@ -140,18 +144,21 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     loop = asyncio.get_running_loop()
     shm = ShmTier(arena, platform.engine, storage, register=config.register_buffers)
     catalog = Catalog(shm, table, PrefixLru(), None if config.disk_bytes is None else PrefixLru())
+    backlog_bytes_max = config.shm_bytes // 2 if config.tail_bytes_max is None else config.tail_bytes_max
     writer = SegmentWriter(
         storage,
         root,
         claim,
         table,
         lambda: clock.next(platform.clock.wall_ns()),
-        WriterLimits(segment_bytes=config.segment_bytes, tail_seconds_max=config.tail_seconds_max),
+        WriterLimits(
+            segment_bytes=config.segment_bytes,
+            sync_bytes=max(SYNC_BYTES_MIN, backlog_bytes_max // 2),
+            tail_seconds_max=config.tail_seconds_max,
+        ),
     )
     reader = SegmentReader(storage, platform.engine, table)
-    disk = DiskTier(
-        platform, table, reader, writer, clock, backlog_bytes_max=config.tail_bytes_max or config.shm_bytes // 2
-    )
+    disk = DiskTier(platform, table, reader, writer, clock, backlog_bytes_max=backlog_bytes_max)
     context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop))
     await recover(context, root, claim)
     undo.push(functools.partial(save_checkpoint, context, root, claim))
