@@ -13,9 +13,11 @@ from typing import Protocol
 
 
 class EvictionPolicy(Protocol):
-    def admit(self, node: int, *, parent: int = -1, nbytes: int) -> None:
+    def admit(self, node: int, *, parent: int = -1, nbytes: int, identity: int | None = None) -> None:
         """A copy of ``node`` entered the tier (unpinned, just used). ``parent`` is -1 for none; a
-        parent that is not in the tier (now) is remembered and counts once it enters."""
+        parent that is not in the tier (now) is remembered and counts once it enters. ``identity`` is
+        a number of up to 64 bits that names the block for ever (from its prefix key): by it a policy
+        may recognise a block that was evicted and comes back, which a node number cannot tell."""
         ...
 
     def touch(self, node: int) -> None:

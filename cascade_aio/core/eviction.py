@@ -74,7 +74,7 @@ class PrefixLru:
         self._protected_bytes = 0
         self._grow(0)
 
-    def admit(self, node: int, *, parent: int = -1, nbytes: int) -> None:
+    def admit(self, node: int, *, parent: int = -1, nbytes: int, identity: int | None = None) -> None:
         """``node`` entered the tier, unpinned, as its most recent use. A link to ``parent`` that
         would close a circle (identical blocks at several places of a prompt) is ignored."""
         assert node != parent, f"node {node} cannot be its own parent"
@@ -290,7 +290,7 @@ class Lru:
         self._order: OrderedDict[int, None] = OrderedDict()
         self._pins: dict[int, int] = {}
 
-    def admit(self, node: int, *, parent: int = -1, nbytes: int) -> None:
+    def admit(self, node: int, *, parent: int = -1, nbytes: int, identity: int | None = None) -> None:
         assert 0 <= node != parent, f"node {node} cannot be its own parent"
         assert node not in self, f"node {node} is in the tier already"
         self._order[node] = None

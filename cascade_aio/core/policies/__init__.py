@@ -1,0 +1,12 @@
+"""Our best eviction policy and its parts. See ``docs/eviction.md`` for what was tried and measured.
+
+``hit_density``: the policy; ``queues``: evictable nodes by class and age; ``reuse``: how long blocks
+of a class stay unused, learnt from a sample; ``density``: from that to an order of eviction;
+``ghosts``: what is remembered of evicted blocks. All of it is pure and deterministic.
+"""
+
+from __future__ import annotations
+
+from cascade_aio.core.policies.hit_density import HitDensity
+
+__all__ = ["HitDensity"]

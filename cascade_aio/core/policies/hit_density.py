@@ -1,0 +1,247 @@
+"""``HitDensity``: evict the leaf from which the fewest hits per unit of occupancy are to be expected.
+
+Implements ``cascade_aio.abc.eviction.EvictionPolicy``. Only nodes without resident children and
+without pins are queued (``queues``), by class and age; the order of the queues comes from how long
+blocks of each class were seen to stay unused (``reuse``, ``density``) and is fitted anew every
+``_FIT_EVENTS_MIN`` events or more. Before anything is learnt, and without identities, the order is
+leaf-first LRU.
+
+What this gives, without a constant for any of it: a scan (prompts that never return) teaches that new
+blocks are not asked for again and is evicted first; a conversation is kept through the pause in which
+its user reads and types; blocks that were used often outlive others, until they have not been used for
+longer than such blocks usually are, so nothing is protected for ever.
+
+Must not know: blocks, bytes, tiers, time. Every event is O(log n) amortised.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from cascade_aio.core.policies.ages import AGES, CLASSES, class_of
+from cascade_aio.core.policies.density import densities, eviction_order, hazards
+from cascade_aio.core.policies.ghosts import ENTRIES_MIN, GhostTable
+from cascade_aio.core.policies.queues import NODE_BYTES as QUEUE_NODE_BYTES
+from cascade_aio.core.policies.queues import AgedQueues
+from cascade_aio.core.policies.reuse import ReuseSample
+
+NODES_MAX = 1 << 26
+"""Largest node number: a wild row number must not allocate columns for billions of nodes."""
+CYCLE_STEPS_MAX = 4096
+"""Ancestors looked at when a parent arrives after its children; a longer chain is not followed."""
+GHOSTS_PER_NODE = 4
+HORIZON_TURNOVERS = 16
+"""A block unused for this many times the resident nodes' uses is given up as not coming back."""
+HORIZON_EVENTS_MIN = 1 << 16
+NODE_BYTES = QUEUE_NODE_BYTES + 31
+"""Memory per node without its ghosts (8 bytes each): the sum of the columns' item sizes."""
+
+_GROWTH_NODES = 4096
+_FIT_EVENTS_MIN = 2048
+_ADVANCE_EVENTS = 128
+_U64 = (1 << 64) - 1
+_MIX = 0x9E37_79B9_7F4A_7C15
+_RESIDENT = 1
+_HAD_CHILD = 2
+_KNOWN = 4  # came with an identity
+_COUNT_MAX = 255
+
+
+class HitDensity:
+    """See the module's text. ``admit`` of a resident node, ``remove`` of a pinned one and events for
+    unknown nodes are assertions. Not thread-safe; nothing blocks."""
+
+    def __init__(self) -> None:
+        # Columns by slot = node + 1; slot 0 means none.
+        self._nbytes = array("Q")
+        self._hash = array("Q")
+        self._parent = array("I")
+        self._children = array("I")
+        self._pins = array("I")
+        self._flags = array("B")
+        self._uses = array("B")
+        self._turn = array("B")
+        self._queues = AgedQueues()
+        self._ghosts = GhostTable(ENTRIES_MIN)
+        self._sample = ReuseSample()
+        self._now = 0
+        self._resident = 0
+        self._admitted_bytes = 0
+        self._advance_at = _ADVANCE_EVENTS
+        self._fit_at = 0
+        self._grow(0)
+        self._fit()
+
+    def admit(self, node: int, *, parent: int = -1, nbytes: int, identity: int | None = None) -> None:
+        """``node`` entered the tier, unpinned, as its most recent use. A link to ``parent`` that
+        would close a circle (identical blocks at several places of a prompt) is ignored. Without
+        ``identity`` nothing is learnt from the node, and nothing is remembered of it."""
+        assert node != parent, f"node {node} cannot be its own parent"
+        slot, above = node + 1, parent + 1
+        if max(slot, above) >= len(self._flags):
+            self._grow(max(slot, above))
+        assert node >= 0, "nodes are not negative"
+        assert not self._flags[slot] & _RESIDENT, f"node {node} is in the tier already"
+        if above and self._children[slot] and self._is_circle(slot, above):
+            above = 0
+        self._parent[slot] = above
+        self._nbytes[slot] = nbytes
+        self._resident += 1
+        self._admitted_bytes += nbytes
+        flags = _RESIDENT | (_HAD_CHILD if self._children[slot] else 0)
+        uses, turn = 1, 0
+        if identity is not None:
+            flags |= _KNOWN
+            self._hash[slot] = hashed = _mix(identity)
+            ghost = self._ghosts.take(hashed)
+            if ghost is not None:
+                uses, turn = min(ghost[0] + 1, _COUNT_MAX), ghost[1]
+        self._flags[slot] = flags
+        self._uses[slot] = uses
+        self._turn[slot] = turn or self._next_turn(above)
+        if above:
+            self._gain_child(above)
+        self._use(slot)
+
+    def touch(self, node: int) -> None:
+        """Two uses with no other event between count as one (a put that is read at once)."""
+        slot = node + 1
+        assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
+        if self._queues.tick[slot] == self._now:
+            return
+        if self._uses[slot] < _COUNT_MAX:
+            self._uses[slot] += 1
+        self._use(slot)
+
+    def pin(self, node: int) -> None:
+        slot = node + 1
+        assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
+        self._pins[slot] += 1
+        if self._queues.is_queued(slot):
+            self._queues.unlink(slot)
+
+    def unpin(self, node: int) -> None:
+        """The last unpin makes the node evictable at the age since its last use."""
+        slot = node + 1
+        pins = self._pins[slot]
+        assert pins, f"node {node} is not pinned"
+        self._pins[slot] = pins - 1
+        if pins == 1 and not self._children[slot]:
+            self._queues.put_back(slot, self._class(slot), self._now)
+
+    def remove(self, node: int) -> None:
+        assert node in self, f"node {node} is not in the tier"
+        slot = node + 1
+        assert not self._pins[slot], f"node {node} is pinned"
+        self._resident -= 1
+        self._admitted_bytes -= self._nbytes[slot]
+        if self._queues.is_queued(slot):
+            self._queues.unlink(slot)
+        if self._flags[slot] & _KNOWN:
+            self._ghosts.put(self._hash[slot], self._uses[slot], self._turn[slot])
+        self._flags[slot] = 0
+        above = self._parent[slot]
+        if above:
+            self._children[above] -= 1
+            if not self._children[above] and self._flags[above] & _RESIDENT and not self._pins[above]:
+                self._queues.put_back(above, self._class(above), self._now)
+
+    def victim(self) -> int | None:
+        """The evictable node of the least dense queue; asked again without other events, the same one."""
+        slot = self._queues.first()
+        return slot - 1 if slot else None
+
+    def __contains__(self, node: int) -> bool:
+        return 0 <= node < len(self._flags) - 1 and bool(self._flags[node + 1] & _RESIDENT)
+
+    def __len__(self) -> int:
+        return self._resident
+
+    @property
+    def admitted_bytes(self) -> int:
+        return self._admitted_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the columns and the ghosts, in bytes."""
+        return NODE_BYTES * len(self._flags) + self._ghosts.nbytes
+
+    def _use(self, slot: int) -> None:
+        now = self._now = self._now + 1
+        queues = self._queues
+        queues.tick[slot] = now
+        kind = self._class(slot)
+        hashed = self._hash[slot]
+        if hashed < self._sample.threshold and self._flags[slot] & _KNOWN:
+            self._sample.use(hashed, kind, now)
+        if queues.is_queued(slot):
+            queues.unlink(slot)
+        if not self._children[slot] and not self._pins[slot]:
+            queues.append(slot, kind)
+        if now >= self._advance_at:
+            self._keep_up(now)
+
+    def _class(self, slot: int) -> int:
+        return class_of(self._uses[slot], self._turn[slot], not self._flags[slot] & _HAD_CHILD)
+
+    def _next_turn(self, above: int) -> int:
+        """The turn of a new block: its parent's if that is new too, else the one after."""
+        if not above or not self._flags[above] & _RESIDENT:
+            return 1
+        return min(self._turn[above] + (self._uses[above] > 1), _COUNT_MAX)
+
+    def _gain_child(self, above: int) -> None:
+        self._children[above] += 1
+        if self._queues.is_queued(above):
+            self._queues.unlink(above)
+        if self._flags[above] & (_RESIDENT | _HAD_CHILD) == _RESIDENT:
+            self._flags[above] |= _HAD_CHILD
+            if self._flags[above] & _KNOWN and self._hash[above] < self._sample.threshold:
+                self._sample.reclassify(self._hash[above], self._class(above))
+
+    def _is_circle(self, slot: int, above: int) -> bool:
+        for _ in range(CYCLE_STEPS_MAX):
+            if above == slot:
+                return True
+            if not above or not self._flags[above] & _RESIDENT:
+                return False
+            above = self._parent[above]
+        return True
+
+    def _keep_up(self, now: int) -> None:
+        self._advance_at = now + _ADVANCE_EVENTS
+        self._queues.advance(now)
+        if now >= self._fit_at:
+            self._fit()
+        if self._resident * GHOSTS_PER_NODE > len(self._ghosts):
+            # Moving the entries would stop the loop; a tier that still grows has hardly evicted.
+            self._ghosts = GhostTable(2 * len(self._ghosts))
+
+    def _fit(self) -> None:
+        self._fit_at = self._now + max(_FIT_EVENTS_MIN, self._resident // AGES)
+        horizon = max(HORIZON_EVENTS_MIN, HORIZON_TURNOVERS * self._resident)
+        reused, unused = self._sample.counts(self._now, horizon)
+        self._queues.set_order(eviction_order(densities(hazards(reused, unused))))
+
+    def _grow(self, slot: int) -> None:
+        assert slot <= NODES_MAX, f"node {slot - 1} is beyond any index"
+        grown = (slot // _GROWTH_NODES + 1) * _GROWTH_NODES - len(self._flags)
+        for column in (self._nbytes, self._hash):
+            column.frombytes(bytes(grown * column.itemsize))
+        for links in (self._parent, self._children, self._pins):
+            links.frombytes(bytes(grown * links.itemsize))
+        for small in (self._flags, self._uses, self._turn):
+            small.frombytes(bytes(grown * small.itemsize))
+        self._queues.ensure(len(self._flags))
+
+
+def _mix(identity: int) -> int:
+    """Spread an identity over 64 bits: callers may give counters, tables want hashes."""
+    mixed = (identity * _MIX) & _U64
+    mixed ^= mixed >> 32
+    return (mixed * _MIX) & _U64
+
+
+assert CLASSES * AGES < np.iinfo(np.uint16).max

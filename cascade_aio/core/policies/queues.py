@@ -1,0 +1,130 @@
+"""The evictable nodes, in one queue per class and age bucket, and which queue loses next.
+
+Every queue is a doubly linked list through columns shared by all; a node is in one queue or in none.
+As time passes nodes move to the queue of the next age (each at most ``AGES`` times in a life, so O(1)
+amortised). The queues that are not empty are bits of one integer in the order of eviction: the next
+victim is its lowest bit, whatever the number of nodes.
+
+Invariants: a queue is ordered by last use, oldest first, up to nodes put at its front because their
+last child left; bit r of ``_waiting`` is set exactly if the queue of rank r has a node.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+
+import numpy as np
+import numpy.typing as npt
+
+from cascade_aio.core.policies.ages import AGES, CLASSES, age_edges
+
+MOVES_MAX = 512
+"""Nodes that change their age bucket per call: about half a millisecond."""
+NODE_BYTES = 18
+"""Memory per node: tick, two links and the queue number."""
+
+_QUEUES = CLASSES * AGES
+
+
+class AgedQueues:
+    """Slots (1, 2, …; 0 is none) by class and age. ``ensure`` before a new slot is used."""
+
+    def __init__(self) -> None:
+        self.tick = array("Q", bytes(8))
+        """Last use of every slot, in events."""
+        self._prev = array("I", bytes(4))
+        self._next = array("I", bytes(4))
+        self._queue = array("H", bytes(2))  # number + 1; 0: in none
+        self._heads = array("I", bytes(4 * _QUEUES))
+        self._tails = array("I", bytes(4 * _QUEUES))
+        self._edges = age_edges()
+        self._leave_age = np.tile(np.append(self._edges[1:], 1 << 62), CLASSES)
+        self._rank = list(range(_QUEUES))
+        self._order = list(range(_QUEUES))
+        self._waiting = 0
+
+    def ensure(self, slots: int) -> None:
+        """Make room for slots below ``slots``."""
+        grown = slots - len(self.tick)
+        if grown > 0:
+            for column in (self.tick, self._prev, self._next, self._queue):
+                column.frombytes(bytes(grown * column.itemsize))
+
+    def set_order(self, order: npt.NDArray[np.int64]) -> None:
+        """Evict from the queues in this order from now on. O(queues)."""
+        self._order = order.tolist()
+        rank = np.empty(_QUEUES, dtype=np.int64)
+        rank[order] = np.arange(_QUEUES)
+        self._rank = rank.tolist()
+        filled = np.asarray(self._heads)[order] != 0
+        self._waiting = int.from_bytes(np.packbits(filled, bitorder="little").tobytes(), "little")
+
+    def is_queued(self, slot: int) -> bool:
+        return self._queue[slot] != 0
+
+    def append(self, slot: int, kind: int) -> None:
+        """Queue a slot that was used just now."""
+        self._append(slot, kind * AGES)
+
+    def put_back(self, slot: int, kind: int, now: int) -> None:
+        """Queue a slot used earlier, before the others of its age: its children went, it goes next."""
+        number = kind * AGES + bisect_right(self._edges, now - self.tick[slot]) - 1
+        head = self._heads[number]
+        self._queue[slot] = number + 1
+        self._prev[slot] = 0
+        self._next[slot] = head
+        self._heads[number] = slot
+        if head:
+            self._prev[head] = slot
+        else:
+            self._tails[number] = slot
+            self._waiting |= 1 << self._rank[number]
+
+    def unlink(self, slot: int) -> None:
+        number = self._queue[slot] - 1
+        before, after = self._prev[slot], self._next[slot]
+        self._queue[slot] = 0
+        if before:
+            self._next[before] = after
+        else:
+            self._heads[number] = after
+        if after:
+            self._prev[after] = before
+        else:
+            self._tails[number] = before
+            if not before:
+                self._waiting &= ~(1 << self._rank[number])
+
+    def first(self) -> int:
+        """The slot to evict next, 0 if none is queued."""
+        waiting = self._waiting
+        if not waiting:
+            return 0
+        return self._heads[self._order[(waiting & -waiting).bit_length() - 1]]
+
+    def advance(self, now: int) -> None:
+        """Move nodes that have grown older to the queues of their age, at most ``MOVES_MAX``."""
+        heads = np.asarray(self._heads)
+        due = (heads != 0) & (np.asarray(self.tick)[heads] + self._leave_age <= now)
+        moves = MOVES_MAX
+        for number in np.flatnonzero(due)[::-1].tolist():
+            slot = self._heads[number]
+            while slot and moves and now - self.tick[slot] >= self._edges[number % AGES + 1]:
+                self.unlink(slot)
+                age = bisect_right(self._edges, now - self.tick[slot]) - 1
+                self._append(slot, number - number % AGES + age)
+                moves -= 1
+                slot = self._heads[number]
+
+    def _append(self, slot: int, number: int) -> None:
+        tail = self._tails[number]
+        self._queue[slot] = number + 1
+        self._prev[slot] = tail
+        self._next[slot] = 0
+        self._tails[number] = slot
+        if tail:
+            self._next[tail] = slot
+        else:
+            self._heads[number] = slot
+            self._waiting |= 1 << self._rank[number]
