@@ -182,14 +182,15 @@ class BlockIndex:
         assert not flags & ~FLAGS_ALL, f"flags {flags:#x} are not the caller's"
         self._flags[row] = flags | _LIVE
 
-    def bind(self, prefix: bytes, row: int, parent: bytes | None) -> bool:
-        """Let ``prefix`` name the block. ``False``: it names one already, and still does.
+    def bind(self, prefix: bytes, row: int, parent: bytes | None, stamp: int = 0) -> bool:
+        """Let ``prefix`` name the block since ``stamp``. ``False``: it names one already, and still does; told
+        again of the same block, it keeps the newest stamp.
 
         ``parent`` is the key before it in the prompt, bound or not. Raises ``ConfigError`` for a key
         that is its own parent and ``TierFullError`` at the limit of prefix keys.
         """
         assert self._flags[row], f"row {row} is not live"
-        return self._bindings.bind(prefix, row, parent)
+        return self._bindings.bind(prefix, row, parent, stamp)
 
     def find_prefix(self, prefix: bytes) -> int:
         """The row that ``prefix`` (32 bytes) names, or -1."""
@@ -198,6 +199,12 @@ class BlockIndex:
     def unbind(self, prefix: bytes) -> bool:
         """Forget a name; ``False`` if it named nothing. The block stays."""
         return self._bindings.unbind(prefix)
+
+    def unbind_until(self, row: int, stamp: int) -> None:
+        """Forget the block's names that are not newer than ``stamp``, a deletion that the block itself
+        outlived: O(its bindings)."""
+        assert self._flags[row], f"row {row} is not live"
+        self._bindings.unbind_until(row, stamp)
 
     def bindings(self, row: int) -> list[tuple[PrefixKey, bytes | None]]:
         """(prefix, parent or ``None``) of each name of the block; the oldest is the first."""
@@ -243,7 +250,7 @@ class BlockIndex:
 
         ``digest`` uint8[n, 32], ``key_bytes`` and ``value_bytes`` uint32, ``stamp`` uint64, ``segment``
         int32, ``page`` uint32, ``header_pages`` and ``flags`` uint8, all [n]; ``binding_key``,
-        ``binding_row`` and ``binding_parent`` as ``PrefixBindings.export_columns`` says.
+        ``binding_row``, ``binding_parent`` and ``binding_stamp`` as ``PrefixBindings.export_columns`` says.
         Vectorised (~0.2 s per million blocks: not on a loop that must not stop).
         """
         used = self._used
@@ -286,7 +293,8 @@ class BlockIndex:
             column[:count] = columns[name]
         index._flags_array[:count] = columns["flags"] | np.uint8(_LIVE)
         index._table.load(np.arange(count, dtype=np.int64))
-        index._bindings.load(columns["binding_key"], columns["binding_row"], columns["binding_parent"])
+        bindings = (columns[f"binding_{name}"] for name in ("key", "row", "parent", "stamp"))
+        index._bindings.load(*bindings)
         return index
 
     def _plain_columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -313,6 +321,7 @@ _COLUMN_TYPES: dict[str, type[np.generic]] = {
     "binding_key": np.uint8,
     "binding_row": np.int32,
     "binding_parent": np.int32,
+    "binding_stamp": np.uint64,
 }
 
 
@@ -352,4 +361,5 @@ def select_columns(columns: Mapping[str, npt.NDArray[Any]], keep: npt.NDArray[np
     chosen["binding_key"] = columns["binding_key"][wanted]
     chosen["binding_row"] = row[wanted]
     chosen["binding_parent"] = new_slot[parent[wanted]]
+    chosen["binding_stamp"] = columns["binding_stamp"][wanted]
     return chosen

@@ -25,7 +25,7 @@ from cascade_aio.core.hash_table import CELL_WORDS, KeyTable
 from cascade_aio.errors import ConfigError, TierFullError
 from cascade_aio.model import PREFIX_KEY_BYTES, PrefixKey
 
-SLOT_BYTES = PREFIX_KEY_BYTES + 5 * 4
+SLOT_BYTES = PREFIX_KEY_BYTES + 5 * 4 + 8
 """Memory per binding or placeholder, without its share of the hash table."""
 ROW_BYTES = 4
 """Memory per row of the index: the head of its list."""
@@ -45,6 +45,7 @@ class PrefixBindings:
         self._next_array = reserve(slots_max, np.uint32)
         self._prev_array = reserve(slots_max, np.uint32)
         self._children_array = reserve(slots_max, np.uint32)
+        self._stamp_array = reserve(slots_max, np.uint64)
         self._first_array = reserve(rows_max, np.uint32)
         self._keys = memoryview(self._key_array).cast("B")
         self._row = memoryview(self._row_array)
@@ -52,14 +53,16 @@ class PrefixBindings:
         self._next = memoryview(self._next_array)
         self._prev = memoryview(self._prev_array)
         self._children = memoryview(self._children_array)
+        self._stamp = memoryview(self._stamp_array)
         self._first = memoryview(self._first_array)
         self._table = KeyTable(self._key_array, whole_keys=True, entries_max=slots_max)
         self._used = 0
         self._free = array("I")
         self._bound = 0
 
-    def bind(self, prefix: bytes, row: int, parent: bytes | None) -> bool:
-        """Let ``prefix`` name ``row``. ``False``: it names a block already and still does.
+    def bind(self, prefix: bytes, row: int, parent: bytes | None, stamp: int = 0) -> bool:
+        """Let ``prefix`` name ``row`` since ``stamp``. ``False``: it names a block already and still does; told
+        again of the same block, it keeps the newest stamp.
 
         Raises ``ConfigError`` for a key that is its own parent, ``TierFullError`` at ``slots_max``.
         """
@@ -67,6 +70,8 @@ class PrefixBindings:
             raise ConfigError(f"prefix key {prefix.hex()} is given as its own parent")
         slot = self._table.find(prefix)
         if slot >= 0 and self._row[slot]:
+            if self._row[slot] == row + 1:
+                self._stamp[slot] = max(self._stamp[slot], stamp)
             return False
         above = -1 if parent is None else self._table.find(parent)
         wanted = (slot < 0) + (parent is not None and above < 0)
@@ -82,6 +87,7 @@ class PrefixBindings:
             self._children[above] += 1
             self._parent[slot] = above + 1
         self._row[slot] = row + 1
+        self._stamp[slot] = stamp
         self._bound += 1
         self._link(slot, row)
         return True
@@ -103,6 +109,15 @@ class PrefixBindings:
         """Forget all names of ``row``: O(its bindings)."""
         while first := self._first[row]:
             self._unbind_slot(first - 1)
+
+    def unbind_until(self, row: int, stamp: int) -> None:
+        """Forget the names of ``row`` that are not newer than ``stamp``: O(its bindings)."""
+        slot = self._first[row]
+        while slot:
+            following = self._next[slot - 1]
+            if self._stamp[slot - 1] <= stamp:
+                self._unbind_slot(slot - 1)
+            slot = following
 
     def of_row(self, row: int) -> Iterator[tuple[PrefixKey, bytes | None]]:
         """(prefix, parent) of each name of ``row``: the oldest first, the others newest first."""
@@ -136,7 +151,8 @@ class PrefixBindings:
         """Bindings and placeholders, compacted; ``new_row`` maps rows to what they are called outside.
 
         ``binding_key`` uint8[n, 32], ``binding_row`` int32[n] (-1: placeholder), ``binding_parent``
-        int32[n] (index into these columns, -1: none). A row's oldest binding precedes its others.
+        int32[n] (index into these columns, -1: none), ``binding_stamp`` uint64[n]. A row's oldest
+        binding precedes its others.
         """
         used = self._used
         row = self._row_array[:used].astype(np.int64) - 1
@@ -155,9 +171,16 @@ class PrefixBindings:
             "binding_key": cells[slots],
             "binding_row": outer_row,
             "binding_parent": new_slot[self._parent_array[slots].astype(np.int64) - 1],
+            "binding_stamp": self._stamp_array[slots],
         }
 
-    def load(self, key: npt.NDArray[np.uint8], row: npt.NDArray[np.int32], parent: npt.NDArray[np.int32]) -> None:
+    def load(
+        self,
+        key: npt.NDArray[np.uint8],
+        row: npt.NDArray[np.int32],
+        parent: npt.NDArray[np.int32],
+        stamp: npt.NDArray[np.uint64],
+    ) -> None:
         """Fill an empty object from checked columns as ``export_columns`` gives them."""
         count = len(row)
         assert self._used == 0, "only empty bindings can be loaded"
@@ -166,6 +189,7 @@ class PrefixBindings:
         self._key_array[: count * CELL_WORDS].view(np.uint8)[:] = key.reshape(-1)
         self._row_array[:count] = row + 1
         self._parent_array[:count] = parent + 1
+        self._stamp_array[:count] = stamp
         self._children_array[:count] = np.bincount(parent[parent >= 0], minlength=count)
         bound = np.flatnonzero(row >= 0)
         self._bound = len(bound)

@@ -150,6 +150,10 @@ class StoreContext:
             self.failure = error
             self.room.close(InternalError(f"a background task of the store on {self.config.root} failed: {error!r}"))
 
+    def new_stamp(self, block_id: bytes) -> int:
+        """For a record or binding: newer than any deletion of the block, even if the wall clock was set back since."""
+        return max(self.disk.stamp(), self.merger.facts.stamp_min(block_id))
+
     def append(self, copy: Copy, bindings: Sequence[tuple[bytes, bytes | None]], stamp: int | None = None) -> None:
         """Queue a sealed copy for the segment writer, with its names. It is held until its record is durable.
 
@@ -157,8 +161,7 @@ class StoreContext:
         """
         self.catalog.hold(copy)
         copy.state = advance(copy.state, CopyEvent.COPY)
-        # Newer than any deletion of it, even if the wall clock was set back since.
-        stamp = max(self.disk.stamp(), self.merger.facts.stamp_min(copy.block_id)) if stamp is None else stamp
+        stamp = self.new_stamp(copy.block_id) if stamp is None else stamp
         copy.stamp = stamp
 
         def durable(location: Location) -> None:
@@ -200,9 +203,9 @@ class StoreContext:
         for key, parent in bindings[room:]:
             self.append_binding(copy.block_id, key, parent)
 
-    def append_binding(self, block_id: bytes, key: bytes, parent: bytes | None) -> None:
+    def append_binding(self, block_id: bytes, key: bytes, parent: bytes | None, stamp: int | None = None) -> None:
         """Queue a further name of a block that has a record, or will have."""
-        self.disk.append_binding(block_id, key, parent, max(self.disk.stamp(), self.merger.facts.stamp_min(block_id)))
+        self.disk.append_binding(block_id, key, parent, self.new_stamp(block_id) if stamp is None else stamp)
 
     def _written(self, copy: Copy) -> None:
         """The segment writer needs the extent no more."""

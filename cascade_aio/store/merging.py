@@ -58,7 +58,7 @@ class CatalogMerger:
             for fact in sorted(rivals, key=lambda rival: (rival.stamp, rival.block_id)):
                 row = index.find(fact.block_id)
                 if row >= 0 and index.find_prefix(key) < 0 and self.facts.is_live(fact.block_id, fact.stamp):
-                    index.bind(key, row, fact.parent)
+                    index.bind(key, row, fact.parent, fact.stamp)
         self._rivals.clear()
         self._pending.clear()
         self._pending_count = 0
@@ -73,6 +73,8 @@ class CatalogMerger:
             return
         if catalog.newest_stamp(row) <= stamp:
             catalog.drop_row(row)
+        else:  # put again since: but its names of before stay deleted
+            catalog.index.unbind_until(row, stamp)
 
     def _block(self, fact: BlockFact) -> int:
         catalog = self._catalog
@@ -99,7 +101,7 @@ class CatalogMerger:
             return
         index = self._catalog.index
         row = index.find(fact.block_id)
-        if row >= 0 and (index.bind(fact.key, row, fact.parent) or index.find_prefix(fact.key) == row):
+        if row >= 0 and (index.bind(fact.key, row, fact.parent, fact.stamp) or index.find_prefix(fact.key) == row):
             return
         if self._pending_count < PENDING_BINDINGS_MAX:
             waiting, name = (self._pending, fact.block_id) if row < 0 else (self._rivals, fact.key)

@@ -188,22 +188,24 @@ class Putter:
             counters.puts_deduplicated += 1
             counters.deduplicated_bytes += draft.key_bytes + draft.value_bytes
             if draft.prefix is not None:
-                catalog.index.bind(draft.prefix, row, draft.parent)
-                context.append_binding(copy.block_id, draft.prefix, draft.parent)
+                stamp = context.new_stamp(copy.block_id)
+                catalog.index.bind(draft.prefix, row, draft.parent, stamp)
+                context.append_binding(copy.block_id, draft.prefix, draft.parent, stamp)
             catalog.touch(row)
             if row in catalog.copies:
                 return copy.block_id, False
             catalog.admit(copy, row)  # it was on disk only: the bytes are here, keep them
             return copy.block_id, True
         row = catalog.index.add(ingested.digest, draft.key_bytes, draft.value_bytes)
+        stamp = context.new_stamp(copy.block_id)
         if draft.prefix is not None:
             try:
-                catalog.index.bind(draft.prefix, row, draft.parent)
+                catalog.index.bind(draft.prefix, row, draft.parent, stamp)
             except TierFullError:
                 catalog.index.remove(row)
                 raise
         catalog.admit(copy, row)
-        context.append(copy, () if draft.prefix is None else ((draft.prefix, draft.parent),))
+        context.append(copy, () if draft.prefix is None else ((draft.prefix, draft.parent),), stamp)
         return copy.block_id, True
 
 

@@ -243,6 +243,23 @@ def test_thousands_of_blocks_come_and_go_without_slowing_probes() -> None:
         assert index.find_prefix(prefix(number)) == rows.get(number, -1)
 
 
+def test_a_deletion_takes_the_names_before_it_and_no_others() -> None:
+    index = BlockIndex(capacity_max=8)
+    row, other = index.add(digest(1), 1, 1), index.add(digest(2), 1, 1)
+    for number, stamp in ((1, 10), (2, 20), (3, 30), (4, 21)):
+        assert index.bind(prefix(number), row, None, stamp)
+    assert index.bind(prefix(5), other, prefix(1), 5)
+    assert not index.bind(prefix(2), row, None, 40)  # told again, later
+    for _ in range(2):
+        index.unbind_until(row, 20)
+        assert {key for key, _ in index.bindings(row)} == {prefix(2), prefix(3), prefix(4)}
+        index = BlockIndex.from_columns(index.export_columns(), capacity_max=8)
+    assert index.find_prefix(prefix(1)) == -1
+    assert index.find_prefix(prefix(5)) == other
+    index.unbind_until(row, 40)
+    assert index.bindings(row) == []
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -252,6 +269,7 @@ def test_thousands_of_blocks_come_and_go_without_slowing_probes() -> None:
         ("stamp", lambda column: column.astype(np.int64)),
         ("page", lambda column: column[:-1]),
         ("digest", lambda column: np.repeat(column[:1], len(column), axis=0)),
+        ("binding_stamp", lambda column: column[1:]),
         ("binding_key", lambda column: np.repeat(column[:1], len(column), axis=0)),
     ],
 )
@@ -296,6 +314,7 @@ columns = dict(
     header_pages=plain(np.uint8), flags=np.zeros(count, np.uint8),
     binding_key=rng.integers(0, 256, (slots, 32), dtype=np.uint8), binding_row=plain(np.int32)[:slots],
     binding_parent=np.where(number % 50 == 0, -1, number - 1).astype(np.int32)[:slots],
+    binding_stamp=plain(np.uint64)[:slots],
 )
 before = resident_bytes()
 index = BlockIndex.from_columns(columns)

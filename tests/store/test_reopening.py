@@ -106,3 +106,24 @@ async def test_a_deletion_survives_in_the_checkpoint(open_small: OpenStore) -> N
         async with open_small() as store:
             assert doomed not in store
             assert len(store) == 0
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+async def test_names_deleted_with_their_block_stay_away_when_it_is_put_again(
+    open_small: OpenStore, tmp_path: Path, checkpoint: bool
+) -> None:
+    """The block outlives its tombstone, its earlier names do not, in whatever order the segments are read."""
+    async with open_small() as store:
+        block_id = await store.put(*block_bytes(1), prefix=KEYS[0])
+        await store.flush()
+        assert await store.put(*block_bytes(1), prefix=KEYS[1]) == block_id
+        await store.flush()
+        await store.delete(block_id)
+        await store.put(*block_bytes(1), prefix=KEYS[2])
+        await store.put(*block_bytes(1), prefix=KEYS[1])
+    if not checkpoint:
+        checkpoint_of(tmp_path / "kv").unlink()
+    for _ in range(2):
+        async with open_small() as store:
+            assert KEYS[0] not in store
+            assert [len(store.lookup([key])) for key in KEYS[:3]] == [0, 1, 1]
