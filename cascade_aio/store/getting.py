@@ -332,21 +332,29 @@ class Getter:
                     kept = True
                     return copy
                 if catalog.index.location(row) == location:
-                    self._judge(row, failure)
-                    raise failure
+                    raise self._judge(row, location[0], failure)
             finally:
                 if not kept:
                     context.shm.free(extent)
                     context.room.freed()
 
-    def _judge(self, row: int, failure: CascadeError | OSError) -> None:
-        """What a failed read says about the block: damaged and vanished ones are forgotten, others tried again."""
+    def _judge(self, row: int, segment: int, failure: CascadeError | OSError) -> CascadeError | OSError:
+        """What a failed read says about the block: damaged and vanished ones are forgotten, others tried again.
+
+        In a segment that another writer has open, a record may be seen before all of its bytes are
+        there: that is a miss, not damage.
+        """
         if isinstance(failure, CorruptionError):
-            self._context.report_damage(failure)
+            entry = self._catalog.segments.get(segment)
+            if entry is not None and not entry.own and not entry.sealed:
+                failure = _not_found(self._catalog.index.block_id(row), "its writer has not finished it; recompute it")
+            else:
+                self._context.report_damage(failure)
         elif isinstance(failure, OSError):
             self._context.counters.read_errors += 1
         if isinstance(failure, CorruptionError | BlockNotFoundError):
             self._catalog.unplace(row)
+        return failure
 
     def _forget(self, row: int) -> None:
         """The row is being removed: a load of it must not come back as another block."""
