@@ -206,6 +206,11 @@ class BlockIndex:
         assert self._flags[row], f"row {row} is not live"
         self._bindings.unbind_until(row, stamp)
 
+    def bindings_newer_than(self, row: int, stamp: int) -> list[tuple[PrefixKey, bytes | None, int]]:
+        """(prefix, parent or ``None``, stamp) of the block's names that are newer than ``stamp``."""
+        assert self._flags[row], f"row {row} is not live"
+        return list(self._bindings.newer_than(row, stamp))
+
     def bindings(self, row: int) -> list[tuple[PrefixKey, bytes | None]]:
         """(prefix, parent or ``None``) of each name of the block; the oldest is the first."""
         assert self._flags[row], f"row {row} is not live"

@@ -119,6 +119,15 @@ class PrefixBindings:
                 self._unbind_slot(slot - 1)
             slot = following
 
+    def newer_than(self, row: int, stamp: int) -> Iterator[tuple[PrefixKey, bytes | None, int]]:
+        """(prefix, parent, stamp) of the names of ``row`` that are newer than ``stamp``."""
+        slot = self._first[row]
+        while slot:
+            if self._stamp[slot - 1] > stamp:
+                above = self._parent[slot - 1]
+                yield PrefixKey(self._key(slot - 1)), self._key(above - 1) if above else None, self._stamp[slot - 1]
+            slot = self._next[slot - 1]
+
     def of_row(self, row: int) -> Iterator[tuple[PrefixKey, bytes | None]]:
         """(prefix, parent) of each name of ``row``: the oldest first, the others newest first."""
         slot = self._first[row]

@@ -7,6 +7,7 @@ from any number of writers; ``FactMerger`` (segments) holds the rule, this modul
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cascade_aio.errors import CorruptionError, DigestConflictError
 from cascade_aio.segments.facts import (
@@ -24,14 +25,23 @@ PENDING_BINDINGS_MAX = 1_000_000
 """Bindings that wait for their block's record or for their name; beyond, the newest are dropped (a miss)."""
 
 
+class _Name(NamedTuple):
+    """A binding that cannot be applied yet."""
+
+    block_id: bytes
+    key: bytes
+    parent: bytes | None
+    stamp: int
+
+
 class CatalogMerger:
     """Applies facts to a catalog. Synchronous; microseconds per fact."""
 
     def __init__(self, catalog: Catalog, report_damage: Callable[[CorruptionError], None]) -> None:
         self._catalog = catalog
         self._report_damage = report_damage
-        self._pending: dict[bytes, list[BindingFact]] = {}
-        self._rivals: dict[bytes, list[BindingFact]] = {}
+        self._pending: dict[bytes, list[_Name]] = {}
+        self._rivals: dict[bytes, list[_Name]] = {}
         self._pending_count = 0
         self.facts = FactMerger()
         self.conflicts = 0
@@ -41,7 +51,7 @@ class CatalogMerger:
         if isinstance(fact, BlockFact):
             return self._block(fact)
         if isinstance(fact, BindingFact):
-            self._binding(fact)
+            self._binding(_Name(fact.block_id, fact.key, fact.parent, fact.stamp))
         elif isinstance(fact, TombstoneFact):
             self.bury(fact.block_id, fact.stamp)
         elif isinstance(fact, VanishedFact):
@@ -55,10 +65,10 @@ class CatalogMerger:
         to be deleted go to the oldest of those that came too late."""
         index = self._catalog.index
         for key, rivals in self._rivals.items():
-            for fact in sorted(rivals, key=lambda rival: (rival.stamp, rival.block_id)):
-                row = index.find(fact.block_id)
-                if row >= 0 and index.find_prefix(key) < 0 and self.facts.is_live(fact.block_id, fact.stamp):
-                    index.bind(key, row, fact.parent, fact.stamp)
+            for name in sorted(rivals, key=lambda rival: (rival.stamp, rival.block_id)):
+                row = index.find(name.block_id)
+                if row >= 0 and index.find_prefix(key) < 0 and self.facts.is_live(name.block_id, name.stamp):
+                    index.bind(key, row, name.parent, name.stamp)
         self._rivals.clear()
         self._pending.clear()
         self._pending_count = 0
@@ -72,7 +82,10 @@ class CatalogMerger:
         if row < 0:
             return
         if catalog.newest_stamp(row) <= stamp:
+            newer = catalog.index.bindings_newer_than(row, stamp)
             catalog.drop_row(row)
+            for name in newer:  # they speak of a record that is still to be read
+                self._binding(_Name(block_id, *name))
         else:  # put again since: but its names of before stay deleted
             catalog.index.unbind_until(row, stamp)
 
@@ -96,16 +109,16 @@ class CatalogMerger:
             self._binding(waiting)
         return int(fresh)
 
-    def _binding(self, fact: BindingFact) -> None:
-        if not self.facts.is_live(fact.block_id, fact.stamp):
+    def _binding(self, name: _Name) -> None:
+        if not self.facts.is_live(name.block_id, name.stamp):
             return
         index = self._catalog.index
-        row = index.find(fact.block_id)
-        if row >= 0 and (index.bind(fact.key, row, fact.parent, fact.stamp) or index.find_prefix(fact.key) == row):
+        row = index.find(name.block_id)
+        if row >= 0 and (index.bind(name.key, row, name.parent, name.stamp) or index.find_prefix(name.key) == row):
             return
         if self._pending_count < PENDING_BINDINGS_MAX:
-            waiting, name = (self._pending, fact.block_id) if row < 0 else (self._rivals, fact.key)
-            waiting.setdefault(name, []).append(fact)
+            waiting, what = (self._pending, name.block_id) if row < 0 else (self._rivals, name.key)
+            waiting.setdefault(what, []).append(name)
             self._pending_count += 1
 
     def _vanished(self, segment: int) -> None:
