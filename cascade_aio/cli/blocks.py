@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import aiofiles
 import typer
 from rich.table import Table
 
@@ -57,7 +58,8 @@ async def _put_files(config: StoreConfig, files: list[Path], split: int) -> list
     rows: list[dict[str, Any]] = []
     async with open_store(config) as store:
         for path in files:
-            content = memoryview(await asyncio.to_thread(path.read_bytes))
+            async with aiofiles.open(path, "rb") as file:
+                content = memoryview(await file.read())
             if split > len(content):
                 raise UsageError(f"--key-bytes {split} is more than {path} has ({len(content)} bytes)")
             block_id = await store.put(content[:split], content[split:])
