@@ -119,8 +119,6 @@ class StoreConfig:
     """Lustre stripes of new segment files; -1: all targets."""
     stripe_bytes: int = 4 * MIB
     stripe: Literal["auto", "off"] = "auto"
-    checkpoint_seconds: float = 300.0
-    """Pause between index checkpoints (they only speed up opening)."""
     may_lose_unflushed: bool = False
     """Evict unwritten blocks from the arena without writing them."""
     register_buffers: bool = True
@@ -156,7 +154,6 @@ _RANGES = {
     "workers": _Range(1, 256, optional=True),
     "stripe_count": _Range(-1, 2000),
     "stripe_bytes": _Range(STRIPE_ALIGNMENT_BYTES, 4 * GIB - STRIPE_ALIGNMENT_BYTES, STRIPE_ALIGNMENT_BYTES, size=True),
-    "checkpoint_seconds": _Range(0.1, 30 * 86400, unit=" seconds"),
 }
 _CHOICES = {
     name: typing.get_args(hint)

@@ -42,7 +42,6 @@ SETTING_HELP = {
     "stripe_count": "Lustre stripes of new files; -1: all targets.",
     "stripe_bytes": "Lustre stripe size.",
     "stripe": "auto or off.",
-    "checkpoint_seconds": "Pause between index checkpoints.",
     "may_lose_unflushed": "Evict unwritten blocks without writing them.",
     "register_buffers": "Register the arena with io_uring.",
 }
