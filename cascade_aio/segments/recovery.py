@@ -168,6 +168,7 @@ class SegmentRecovery:
         self._report = report
         self._tables = FooterTables()
         self._data_end = PAGE_BYTES
+        self._sealable = True
 
     async def facts(self, *, adopt: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
         """``adopt``: the segment is ours and nobody writes it: verify its tail, then seal or remove it.
@@ -189,7 +190,7 @@ class SegmentRecovery:
                         problem = None
                     if _offset_of(fact) >= start:
                         yield fact
-        if adopt and not entry.sealed:
+        if adopt and not entry.sealed and self._sealable:
             await self._seal()
 
     async def _records(
@@ -295,7 +296,11 @@ class SegmentRecovery:
     async def _verified_tail(
         self, file: File, held: collections.deque[fmt.RecordHeader | Gap], synced: int
     ) -> AsyncIterator[Fact]:
-        """Own records beyond the last known sync: the sound ones, made durable before they are told."""
+        """Own records beyond the last known sync: the sound ones, made durable before they are told.
+
+        Holes between them, which writes that never ended have left, are filled with empty notes, so that
+        whoever walks the sealed segment meets records only, and takes nothing for damage.
+        """
         buffer = page_buffer(VERIFY_BYTES) if held else memoryview(b"")
         sound: list[fmt.RecordHeader | Gap] = []
         for item in held:
@@ -308,14 +313,37 @@ class SegmentRecovery:
                 self._report.torn_records += 1
         if not sound:
             return
+        durable = True
         try:
+            sound = await self._filled(sound)
             await self._storage.sync(file)
         except OSError:
-            self._report.torn_records += len(sound)  # nobody was promised these, and nobody can be now
-            return
+            durable = False  # some may have been promised: they are told, and the next opening tries again
+            self._report.seal_failures += 1
         for item in sound:
-            for fact in self._accept(item, provisional=False):
+            for fact in self._accept(item, provisional=not durable):
                 yield fact
+        self._sealable = durable
+
+    async def _filled(self, sound: list[fmt.RecordHeader | Gap]) -> list[fmt.RecordHeader | Gap]:
+        """``sound`` with an empty note, written to the file, wherever something is missing. Raises ``OSError``."""
+        whole: list[fmt.RecordHeader | Gap] = []
+        fillers: list[fmt.RecordHeader] = []
+        position = self._data_end
+        for item in sound:
+            fillers += (missing := _empty_notes(position, item.offset))
+            whole += [*missing, item]
+            position = _end_of(item)
+        if fillers:
+            file = await self._storage.open(self._entry.path, writable=True)
+            try:
+                for filler in fillers:
+                    pages = page_buffer(filler.record_bytes)
+                    fmt.encode_record(pages, filler, self._entry.identity)
+                    await self._storage.write(file, [pages], filler.offset)
+            finally:
+                await file.close()
+        return whole
 
     async def _seal(self) -> None:
         """Seal an own segment after its scan, or remove it if nothing is in it."""
@@ -334,6 +362,16 @@ class SegmentRecovery:
                 await file.close()
         except OSError:
             self._report.seal_failures += 1  # nothing is lost: the next opening scans it again
+
+
+def _empty_notes(start: int, end: int) -> list[fmt.RecordHeader]:
+    """Records that say nothing and take the bytes from ``start`` to ``end``, in as few pieces as headers allow."""
+    step = fmt.HEADER_PAGES_MAX * PAGE_BYTES
+    return [
+        fmt.RecordHeader(fmt.NOTE, nbytes // PAGE_BYTES, nbytes, offset, 0, 0)
+        for offset in range(start, end, step)
+        for nbytes in (min(step, end - offset),)
+    ]
 
 
 def _offset_of(fact: Fact) -> int:
