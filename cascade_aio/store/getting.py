@@ -54,9 +54,10 @@ class PrefixLookup:
 class _Load:
     """A block on its way from disk. ``waiters`` get the copy with one hold each."""
 
-    __slots__ = ("task", "waiters")
+    __slots__ = ("block_id", "task", "waiters")
 
-    def __init__(self) -> None:
+    def __init__(self, block_id: BlockId) -> None:
+        self.block_id = block_id
         self.waiters: set[asyncio.Future[Copy]] = set()
         self.task: asyncio.Task[None] | None = None
 
@@ -270,7 +271,7 @@ class Getter:
         waiter.cancel()
 
     def _start(self, row: int) -> _Load:
-        load = self._loads[row] = _Load()
+        load = self._loads[row] = _Load(self._catalog.index.block_id(row))
         load.task = self._context.tasks.spawn(self._run(row, load), name=f"cascade-load-{row}")
         return load
 
@@ -306,9 +307,11 @@ class Getter:
         """The block in the arena. Whatever a read ends with counts only if the block is still where it was read."""
         context, catalog = self._context, self._catalog
         while True:
+            present = self._present(row, load)
+            if present is not None:
+                return present
             location = catalog.index.location(row)
-            if location is None:
-                raise _not_found(catalog.index.block_id(row), "it is neither in the arena nor on disk")
+            assert location is not None, "a row without a copy in the arena has one on disk"
             digest = catalog.index.digest(row)
             nbytes = catalog.record_bytes(row, location[2])
             read = RecordRead(Location(*location), nbytes, memoryview(b""), digest, *catalog.index.lengths(row))
@@ -321,10 +324,8 @@ class Getter:
                     header = await context.disk.read(read)
                 except (CascadeError, OSError) as error:
                     failure = error
-                if self._loads.get(row) is not load:
-                    raise _not_found(digest[:BLOCK_ID_BYTES].hex(), "it was deleted while it was being read")
-                present = catalog.copies.get(row)
-                if present is not None:  # stored again meanwhile
+                present = self._present(row, load)
+                if present is not None:
                     return present
                 if failure is None:
                     copy = _copy_of(header, read, extent)
@@ -337,6 +338,13 @@ class Getter:
                 if not kept:
                     context.shm.free(extent)
                     context.room.freed()
+
+    def _present(self, row: int, load: _Load) -> Copy | None:
+        """The copy if the block was stored again meanwhile. Raises ``BlockNotFoundError`` if it is gone: then
+        the row may be another block's by now."""
+        if self._loads.get(row) is not load:
+            raise _not_found(load.block_id, "it was deleted or evicted before it was read")
+        return self._catalog.copies.get(row)
 
     def _judge(self, row: int, segment: int, failure: CascadeError | OSError) -> CascadeError | OSError:
         """What a failed read says about the block: damaged and vanished ones are forgotten, others tried again.

@@ -305,3 +305,31 @@ def test_a_damaged_record_is_reported_and_may_be_put_again() -> None:
         await store.aclose()
 
     run(story)
+
+
+@pytest.mark.parametrize("turns", range(12))
+@pytest.mark.parametrize("prefetched", [False, True])
+def test_a_row_given_to_another_block_while_its_old_one_was_being_read(turns: int, prefetched: bool) -> None:
+    async def story(world: World) -> None:
+        store = await cold(world, block("old"))
+        old = ca.compute_block_id(*block("old"))
+        if prefetched:
+            assert store.prefetch([old]) == 1
+        reading = asyncio.ensure_future(_bytes_of(store, old))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if old in store:
+            await store.delete(old)
+        new = await store.put(*block("new"))
+        outcome: Any
+        (outcome,) = await asyncio.gather(reading, return_exceptions=True)
+        assert isinstance(outcome, BlockNotFoundError) or outcome == block("old")
+        assert await _bytes_of(store, new) == block("new")
+        assert old not in store
+        await store.flush()
+        await settle()
+        check_idle(store)
+        await store.aclose()
+        world.check_closed()
+
+    run(story)
