@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import pathlib
+import signal
 import sys
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def run(
     """Measure, next to each other, the store and the limits of the machine; goes on where it was stopped."""
     console = Console(stderr=True)
     scale = QUICK if quick else FULL
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` and job systems end us like Ctrl-C
     try:
         if quick and out is None:
             raise BenchError("--quick needs --out: its numbers do not belong beside real ones")
