@@ -127,9 +127,9 @@ class SegmentReader:
             end += read.record_bytes
             missing = end - (run.offset + count)
             if missing > 0:
-                read.outcome = _cut_short(read, entry, read.record_bytes - missing)
+                read.outcome = _judged(read, entry, _cut_short(read, entry, read.record_bytes - missing))
             else:
-                read.outcome = _verified(_decode(read, entry), found, entry)
+                read.outcome = _judged(read, entry, _verified(_decode(read, entry), found, entry))
 
     async def _checksums(self, reads: Sequence[RecordRead]) -> list[tuple[int, ...]]:
         if len(reads) == 1:
@@ -159,9 +159,10 @@ class SegmentReader:
         pieces = await _gather([piece(first, end) for first, end in itertools.pairwise(cuts)])
         total = sum(count for count, _ in pieces)
         if total < read.record_bytes:
-            read.outcome = _cut_short(read, entry, total)
+            read.outcome = _judged(read, entry, _cut_short(read, entry, total))
             return
-        read.outcome = _verified(_decode(read, entry), tuple(crc for _, crcs in pieces for crc in crcs), entry)
+        crcs = tuple(crc for _, found in pieces for crc in found)
+        read.outcome = _judged(read, entry, _verified(_decode(read, entry), crcs, entry))
 
     def statistics(self) -> dict[str, int]:
         return {
@@ -193,6 +194,33 @@ def _verified(
     if isinstance(header, CorruptionError):
         return header
     return verify_payload(header, crcs, entry) or header
+
+
+def _judged(
+    read: RecordRead, entry: SegmentEntry, outcome: fmt.RecordHeader | CorruptionError
+) -> fmt.RecordHeader | CorruptionError | BlockNotFoundError:
+    """``outcome``, but a miss where another writer's record was seen before it was durable and came to nothing.
+
+    Its place may be torn, may have been cut off, or holds the empty note that its adopter has put there.
+    """
+    if entry.own or not isinstance(outcome, CorruptionError):
+        return outcome
+    offset = read.location.page * PAGE_BYTES
+    if offset + read.record_bytes > entry.firm_end or _is_note(read, entry):
+        return BlockNotFoundError(
+            f"block {read.digest[:16].hex()} was not on stable storage when it was seen, and its writer has not "
+            "finished it; recompute it"
+        )
+    return outcome
+
+
+def _is_note(read: RecordRead, entry: SegmentEntry) -> bool:
+    offset = read.location.page * PAGE_BYTES
+    try:
+        header = fmt.decode_record(read.extent, entry.identity, path=entry.path, offset=offset)
+    except CorruptionError:
+        return False
+    return header is not None and header.kind == fmt.NOTE
 
 
 def _decode(read: RecordRead, entry: SegmentEntry) -> fmt.RecordHeader | CorruptionError:

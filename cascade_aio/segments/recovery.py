@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
@@ -84,7 +85,10 @@ class Recovery:
                 yield VanishedFact(vanished.number)
 
     async def refresh_root(self) -> AsyncIterator[Fact]:
-        """What other writers added or removed since the last look. Own segments are not looked at."""
+        """What other writers added or removed since the last look. Own segments are not looked at.
+
+        What was not known to be durable then is told again.
+        """
         present = set()
         for identity, size in await self._list():
             present.add(identity)
@@ -259,7 +263,7 @@ class SegmentRecovery:
     async def _scan(self, file: File, end: int, *, verify: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
         entry = self._entry
         start = PAGE_BYTES if verify or entry.sealed else max(PAGE_BYTES, entry.scanned_bytes)
-        synced = end if entry.sealed else PAGE_BYTES
+        synced = end if entry.sealed else max(PAGE_BYTES, entry.synced_bytes)
         held: collections.deque[fmt.RecordHeader | Gap] = collections.deque()
         position = start
         async for item in scan_records(self._storage, file, entry, start=start, end=end, search_bytes=search_bytes):
@@ -276,9 +280,10 @@ class SegmentRecovery:
             async for fact in self._verified_tail(file, held, synced):
                 yield fact
             return
-        entry.size_bytes, entry.record_bytes = end, position - PAGE_BYTES
-        holes = [item.offset for item in held if isinstance(item, Gap) and item.offset >= synced]
-        entry.scanned_bytes = min([position, *holes])
+        entry.size_bytes, entry.record_bytes, entry.synced_bytes = end, position - PAGE_BYTES, synced
+        # What is provisional is told again by the next look: a reader may have met it half written and forgotten it.
+        doubtful = (item.offset for item in held if isinstance(item, fmt.RecordHeader) or item.offset >= synced)
+        entry.scanned_bytes = next(doubtful, position)
         for item in held:
             if isinstance(item, fmt.RecordHeader) or item.offset < synced:
                 for fact in self._accept(item, provisional=True):
@@ -303,6 +308,7 @@ class SegmentRecovery:
         """
         buffer = page_buffer(VERIFY_BYTES) if held else memoryview(b"")
         sound: list[fmt.RecordHeader | Gap] = []
+        torn: list[int] = []
         for item in held:
             if isinstance(item, Gap):
                 if item.offset < synced:
@@ -310,12 +316,13 @@ class SegmentRecovery:
             elif await check_payload(self._storage, self._engine, file, self._entry, item, buffer) is None:
                 sound.append(item)
             else:
-                self._report.torn_records += 1
+                torn.append(item.offset)
+        self._report.torn_records += len(torn)
         if not sound:
             return
         durable = True
         try:
-            sound = await self._filled(sound)
+            sound = await self._filled(sound, torn)
             await self._storage.sync(file)
         except OSError:
             durable = False  # some may have been promised: they are told, and the next opening tries again
@@ -325,13 +332,18 @@ class SegmentRecovery:
                 yield fact
         self._sealable = durable
 
-    async def _filled(self, sound: list[fmt.RecordHeader | Gap]) -> list[fmt.RecordHeader | Gap]:
-        """``sound`` with an empty note, written to the file, wherever something is missing. Raises ``OSError``."""
+    async def _filled(self, sound: list[fmt.RecordHeader | Gap], torn: list[int]) -> list[fmt.RecordHeader | Gap]:
+        """``sound`` with empty notes, written to the file, wherever something is missing. Raises ``OSError``.
+
+        A note begins wherever a torn record began: a process that knows the record finds the note.
+        """
         whole: list[fmt.RecordHeader | Gap] = []
         fillers: list[fmt.RecordHeader] = []
         position = self._data_end
         for item in sound:
-            fillers += (missing := _empty_notes(position, item.offset))
+            cuts = [position, *(offset for offset in torn if position < offset < item.offset), item.offset]
+            missing = [note for start, end in itertools.pairwise(cuts) for note in _empty_notes(start, end)]
+            fillers += missing
             whole += [*missing, item]
             position = _end_of(item)
         if fillers:

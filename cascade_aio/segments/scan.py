@@ -177,11 +177,14 @@ async def verify_records(
 ) -> AsyncIterator[tuple[fmt.RecordHeader | None, CorruptionError | None]]:
     """Every record of a segment with the damage found in it, and every gap as damage without a header.
 
-    Reads everything up to ``end``, through one buffer of ``VERIFY_BYTES``. Trailing zeros are no damage.
+    Reads everything up to ``end``, through one buffer of ``VERIFY_BYTES``. Neither trailing zeros are damage
+    nor what another writer has not made durable yet.
     """
     buffer = page_buffer(VERIFY_BYTES)
     async for item in scan_records(storage, file, entry, start=PAGE_BYTES, end=end):
         if isinstance(item, fmt.RecordHeader):
-            yield item, await check_payload(storage, engine, file, entry, item, buffer)
-        elif item.followed or entry.sealed:
+            error = await check_payload(storage, engine, file, entry, item, buffer)
+            if error is None or entry.own or item.end <= entry.firm_end:
+                yield item, error
+        elif entry.sealed or (item.followed and (entry.own or item.offset < entry.firm_end)):
             yield None, CorruptionError(item.reason, path=entry.path, segment=entry.name, offset=item.offset)

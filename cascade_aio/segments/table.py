@@ -29,7 +29,8 @@ def segment_path(root: str, identity: SegmentIdentity) -> str:
 class SegmentEntry:
     """One segment. ``record_bytes`` counts all its records, ``live_bytes`` is kept by the store.
 
-    ``scanned_bytes`` is the offset up to which its facts have been yielded. ``writing`` while this
+    ``scanned_bytes`` is the offset up to which its facts have been yielded. ``synced_bytes``: its writer
+    said in the segment that all below was on stable storage (0: not known). ``writing`` while this
     process's writer has it open: a segment that was given up is neither written nor sealed.
     """
 
@@ -41,6 +42,7 @@ class SegmentEntry:
     record_bytes: int = 0
     live_bytes: int = 0
     scanned_bytes: int = 0
+    synced_bytes: int = 0
     sealed: bool = False
     writing: bool = False
 
@@ -52,6 +54,14 @@ class SegmentEntry:
     def data_end(self) -> int:
         """Offset behind the last known record; behind it are a footer, or zeros, or news."""
         return PAGE_BYTES + self.record_bytes
+
+    @property
+    def firm_end(self) -> int:
+        """What is wrong below this offset is damage. Beyond, in another writer's segment, it may be a write
+        that never ended, or an end that whoever adopted the segment has cut off."""
+        if self.own:
+            return self.size_bytes
+        return self.data_end if self.sealed else self.synced_bytes
 
 
 class _Handle:
