@@ -95,6 +95,9 @@ uint32_t cascade_crc32c(const void *src, size_t n, uint32_t crc);
 /* Make every page of [addr, addr + n) present and writable (MADV_POPULATE_WRITE, else touch without
  * changing bytes; the caller must then be the only writer). addr is page-aligned. */
 int cascade_prefault(void *addr, size_t n);
+/* Give memory that was freed but is kept by the C library back to the system (glibc; elsewhere nothing).
+ * Takes milliseconds per 100 MB: not for the event loop. */
+void cascade_trim_heap(void);
 /* Add 1 to the eventfd whose number is `event_fd` cast to a pointer: callable from CUDA host
  * functions and any thread; never blocks on a semaphore overflow. */
 void cascade_notify(void *event_fd);

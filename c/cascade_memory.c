@@ -4,6 +4,9 @@
 #include <errno.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14; older C libraries lack the name */
@@ -29,6 +32,13 @@ int cascade_prefault(void *addr, size_t n)
         *byte = *byte; /* a write fault, the byte stays */
     }
     return 0;
+}
+
+void cascade_trim_heap(void)
+{
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 void cascade_notify(void *event_fd)

@@ -17,6 +17,7 @@ from cascade_aio._native.memory import (
     notify_address,
     prefault,
     select_copy,
+    trim_heap,
     uring_version,
 )
 from cascade_aio._native.ring import (
@@ -46,5 +47,6 @@ __all__ = [
     "notify_address",
     "prefault",
     "select_copy",
+    "trim_heap",
     "uring_version",
 ]

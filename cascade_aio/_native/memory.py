@@ -80,6 +80,11 @@ def select_copy(name: str) -> None:
         raise OSError(-rc, f"this CPU cannot run copy variant {name!r}")
 
 
+def trim_heap() -> None:
+    """Give freed memory that the C library keeps back to the system. Milliseconds; releases the GIL."""
+    lib.cascade_trim_heap()
+
+
 def notify(event_fd: int) -> None:
     """Add 1 to an eventfd; what CUDA host functions call through ``notify_address()``."""
     lib.cascade_notify(_cast("void *", event_fd))

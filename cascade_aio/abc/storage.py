@@ -11,9 +11,10 @@ the memory back, then raises ``CancelledError``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 PAGE_BYTES = 4096
@@ -26,6 +27,35 @@ class Priority(enum.IntEnum):
     DEMAND = 0
     WRITE = 1
     BACKGROUND = 2
+
+
+class Urgency:
+    """The ``Priority`` of reads that may become more urgent while they wait: somebody joined a prefetch.
+
+    One object serves everything that is done for one block. It only ever rises. Loop thread only.
+    """
+
+    __slots__ = ("_listeners", "priority")
+
+    def __init__(self, priority: Priority) -> None:
+        self.priority = priority
+        self._listeners: list[Callable[[Priority], None]] = []
+
+    def rise(self, priority: Priority) -> None:
+        """To ``priority``, if that is more urgent; everybody who watches is told at once."""
+        if priority < self.priority:
+            self.priority = priority
+            for listener in list(self._listeners):
+                listener(priority)
+
+    @contextlib.contextmanager
+    def watched(self, listener: Callable[[Priority], None]) -> Iterator[None]:
+        """Within this scope ``listener(new priority)`` is called at each rise. It must not raise."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,10 +109,12 @@ class Storage(Protocol):
         buffers: Sequence[memoryview],
         offset: int,
         *,
-        priority: Priority = Priority.DEMAND,
+        priority: Priority | Urgency = Priority.DEMAND,
         deadline_s: float | None = None,
     ) -> int:
         """Fill ``buffers`` one after the other from ``offset``; returns bytes read, less only at end of file.
+
+        Given an ``Urgency``, what still waits in the queue moves to another class when it rises.
 
         With ``deadline_s`` the request is asked to cancel when it passes, and ``TimeoutError`` is
         raised once the buffers are free again (a hung device may take longer than the deadline:
@@ -205,6 +237,10 @@ class ByteEngine(Protocol):
         ...
 
     async def prefault(self, memory: memoryview) -> None: ...
+
+    async def trim_heap(self) -> None:
+        """Large temporary memory was freed: return what the C library keeps of it to the system."""
+        ...
 
     async def aclose(self) -> None: ...
 

@@ -226,6 +226,16 @@ class BlockIndex:
         for start in range(0, self._used, _SCAN_ROWS):
             yield from (np.flatnonzero(self._flags_array[start : min(start + _SCAN_ROWS, self._used)]) + start).tolist()
 
+    def rows_by_stamp(self) -> Iterator[int]:
+        """Live rows, those with the oldest records first (~0.1 s per million before the first).
+
+        In pieces: a list of a million numbers would leave holes in the heap for good.
+        """
+        live = np.flatnonzero(self._flags_array[: self._used])
+        order = live[np.argsort(self._stamp_array[live], kind="stable")]
+        for start in range(0, len(order), _SCAN_ROWS):
+            yield from order[start : start + _SCAN_ROWS].tolist()
+
     def rows_in_segment(self, segment: int) -> npt.NDArray[np.int64]:
         """Rows whose newest record is in ``segment`` (>= 0), ascending. One vectorised scan (~0.5 ms
         per million rows)."""

@@ -158,6 +158,10 @@ class ByteWorkers:
         for start in range(0, memory.nbytes, PREFAULT_BYTES):
             await self._call(_native.prefault, memory[start : start + PREFAULT_BYTES])
 
+    async def trim_heap(self) -> None:
+        """See ``abc.ByteEngine``."""
+        await self._call(_native.trim_heap)
+
     async def aclose(self) -> None:
         """Wait for the calls in progress and end the threads. May be repeated."""
         self._closed = True

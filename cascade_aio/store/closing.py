@@ -20,6 +20,7 @@ async def close_store(context: StoreContext) -> None:
     gone = ClosedError(f"the store on {context.config.root} was closed while the call waited for room")
     context.room.close(gone)
     context.disk.close_backlog(gone)
+    context.desk.settle()
     if context.desk.leases:
         warnings.warn(
             f"the store on {context.config.root} was closed while {context.desk.describe()}; their memory stays "

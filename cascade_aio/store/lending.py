@@ -21,8 +21,8 @@ class LeaseDesk:
         self._loop = loop
         self._late: collections.deque[tuple[Copy, int]] = collections.deque()
         self._ledger = LeaseLedger()
-        self.forgotten = 0
-        """Leases and arrays that ended in the garbage collector."""
+        self.outlived = 0
+        """Leases that ended with the last array taken from them, or in the garbage collector."""
 
     @property
     def leases(self) -> int:
@@ -54,11 +54,12 @@ class LeaseDesk:
         """From a finalizer, on whatever thread: the loop does it in a turn of its own."""
         self._late.append((copy, number))
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._release_late)
+            self._loop.call_soon_threadsafe(self.settle)
 
-    def _release_late(self) -> None:
+    def settle(self) -> None:
+        """Take back what finalizers have queued."""
         while self._late:
-            self.forgotten += 1
+            self.outlived += 1
             self.release(*self._late.popleft())
 
     def describe(self) -> str:

@@ -30,6 +30,9 @@ from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.context import StoreContext
 
+TRIMMED_BLOCKS_MIN = 100_000
+"""Opening more blocks than this leaves so much freed memory behind (80 bytes a block) that it is returned."""
+
 logger = logging.getLogger("cascade_aio.store")
 
 
@@ -43,7 +46,10 @@ async def recover(context: StoreContext, root: Root, claim: WriterClaim) -> None
         covers = await _load(context, found, claim)
     elif isinstance(found, CheckpointFailure):
         logger.warning("checkpoint %s is not used, the segments are read instead: %s", found.path, found.reason)
+    del found
     await _take_in(context, context.recovery.recover_root(covers))
+    if len(context.catalog.index) >= TRIMMED_BLOCKS_MIN:
+        await engine.trim_heap()
     context.facts_since_checkpoint = context.facts_applied
 
 

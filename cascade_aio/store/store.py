@@ -248,7 +248,7 @@ class Store:
                 "pinned_bytes": catalog.pinned_bytes,
                 "leases": context.desk.leases,
                 "leased_bytes": context.desk.leased_bytes,
-                "leases_forgotten": context.desk.forgotten,
+                "leases_outlived": context.desk.outlived,
                 "evicted_blocks": catalog.evicted_blocks,
                 "evicted_bytes": catalog.evicted_bytes,
                 "waits_for_room": context.room.waited,

@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import crc32c
 
-from cascade_aio.abc.storage import PAGE_BYTES, Clock, File, FileEntry, Ingested, Platform, Priority
+from cascade_aio.abc.storage import PAGE_BYTES, Clock, File, FileEntry, Ingested, Platform, Priority, Urgency
 from cascade_aio.errors import ClosedError
 from cascade_aio.model import new_hasher
 from cascade_aio.testing.clock import ManualClock
@@ -352,7 +352,7 @@ class MemoryStorage:
         buffers: Sequence[memoryview],
         offset: int,
         *,
-        priority: Priority = Priority.DEMAND,
+        priority: Priority | Urgency = Priority.DEMAND,
         deadline_s: float | None = None,
     ) -> int:
         own = self._own(file)
@@ -552,6 +552,9 @@ class MemoryEngine:
 
     async def prefault(self, memory: memoryview) -> None:
         await asyncio.sleep(0)
+
+    async def trim_heap(self) -> None:
+        """Nothing to give back."""
 
     async def aclose(self) -> None:
         """Nothing to stop."""

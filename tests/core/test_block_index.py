@@ -336,3 +336,13 @@ def test_memory_per_block_at_a_million_blocks(bound: bool, limit: int) -> None:
     print(f"bytes per block: says {said:.0f}, process grew {grown:.0f}")
     assert said <= limit
     assert grown <= limit
+
+
+def test_rows_by_stamp_are_in_order_of_age() -> None:
+    index = BlockIndex(capacity_max=100)
+    stamps = [5, 3, 9, 1, 7]
+    for i, stamp in enumerate(stamps):
+        row = index.add(bytes([i]) * 32, 1, 1)
+        index.place(row, 0, i, 1, stamp)
+    index.remove(index.find(bytes([2]) * 16))
+    assert [index.stamp(row) for row in index.rows_by_stamp()] == [1, 3, 5, 7]
