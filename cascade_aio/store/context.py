@@ -22,7 +22,7 @@ from cascade_aio.segments.pending import PendingRecord
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.catalog import Catalog, Copy
 from cascade_aio.store.lending import LeaseDesk
-from cascade_aio.store.merging import CatalogMerger
+from cascade_aio.store.merging import PROVISIONAL, CatalogMerger
 from cascade_aio.store.room import ArenaRoom
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
@@ -165,8 +165,10 @@ class StoreContext:
         copy.stamp = stamp
 
         def durable(location: Location) -> None:
-            if copy.row >= 0 and self.catalog.index.stamp(copy.row) <= stamp:
-                self.catalog.place(copy.row, location, stamp)
+            index, row = self.catalog.index, copy.row
+            if row >= 0 and (index.location(row) is None or index.stamp(row) <= stamp):
+                self.catalog.place(row, location, stamp)
+                index.set_flags(row, 0)
             self._written(copy)
 
         def failed(error: BaseException) -> None:
@@ -193,13 +195,19 @@ class StoreContext:
             )
         )
 
+    def append_unless_durable(self, copy: Copy) -> None:
+        """Known content was put again: what ``flush`` promises for it takes a record that is known to be durable."""
+        index = self.catalog.index
+        if index.location(copy.row) is None or index.flags(copy.row) & PROVISIONAL:
+            self.append_again(copy)
+
     def append_again(self, copy: Copy) -> None:
-        """Write a durable copy once more: its record is about to be removed. Nothing for one being written."""
+        """Write a copy once more: its record is about to be removed, or in doubt. Nothing for one being written."""
         if copy.state is not CopyState.SEALED:
             return
         bindings = self.catalog.index.bindings(copy.row)
         room = bindings_room(copy.header_bytes // PAGE_BYTES, len(copy.chunk_crcs), len(copy.meta))
-        self.append(copy, bindings[:room], self.catalog.index.stamp(copy.row))
+        self.append(copy, bindings[:room], self.catalog.index.stamp(copy.row) or None)
         for key, parent in bindings[room:]:
             self.append_binding(copy.block_id, key, parent)
 

@@ -34,6 +34,10 @@ class _Name(NamedTuple):
     stamp: int
 
 
+PROVISIONAL = 2
+"""Flag of a row whose newest record is another writer's and not known to be durable."""
+
+
 class CatalogMerger:
     """Applies facts to a catalog. Synchronous; microseconds per fact."""
 
@@ -104,6 +108,7 @@ class CatalogMerger:
         # Of equal stamps the one told last: compaction copies a record with its stamp and then removes the old one.
         if catalog.index.location(row) is None or fact.stamp >= catalog.index.stamp(row):
             catalog.place(row, fact.location, fact.stamp)
+            catalog.index.set_flags(row, PROVISIONAL if fact.provisional else 0)
         for waiting in self._pending.pop(fact.block_id, ()):
             self._pending_count -= 1
             self._binding(waiting)

@@ -192,10 +192,11 @@ class Putter:
                 catalog.index.bind(draft.prefix, row, draft.parent, stamp)
                 context.append_binding(copy.block_id, draft.prefix, draft.parent, stamp)
             catalog.touch(row)
-            if row in catalog.copies:
-                return copy.block_id, False
-            catalog.admit(copy, row)  # it was on disk only: the bytes are here, keep them
-            return copy.block_id, True
+            resident = catalog.copies.get(row)
+            if resident is None:
+                catalog.admit(copy, row)  # it was on disk only: the bytes are here, keep them
+            context.append_unless_durable(resident or copy)
+            return copy.block_id, resident is None
         row = catalog.index.add(ingested.digest, draft.key_bytes, draft.value_bytes)
         stamp = context.new_stamp(copy.block_id)
         if draft.prefix is not None:

@@ -333,3 +333,24 @@ def test_a_row_given_to_another_block_while_its_old_one_was_being_read(turns: in
         world.check_closed()
 
     run(story)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_flush_promises_what_only_another_writer_has_written_without_a_sync(resident: bool) -> None:
+    async def story(world: World) -> None:
+        one, two = await world.open(tail_seconds_max=4.0), await world.open(tail_seconds_max=4.0)
+        block_id = await two.put(*block("a"), prefix=KEYS[0])
+        await asyncio.sleep(1.1)  # lingered and was written, is not synced
+        assert two.statistics()["disk"]["unsynced_bytes"] > 0
+        assert await one.refresh() == 1
+        if resident:
+            assert await _bytes_of(one, block_id) == block("a")
+        await one.put(*block("a"), prefix=KEYS[1])
+        await one.flush()
+        one = await crash_and_open(world)
+        assert await _bytes_of(one, KEYS[1]) == block("a")
+        await one.flush()
+        check_idle(one)
+        await one.aclose()
+
+    run(story)
