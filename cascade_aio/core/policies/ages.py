@@ -8,6 +8,8 @@ it ended its prompt (``is_last``: a partly filled tail is almost never asked for
 
 from __future__ import annotations
 
+import numpy as np
+
 USES_MAX = 6
 """Uses told apart; more count as this many."""
 TURNS_MAX = 5
@@ -19,9 +21,9 @@ AGE_RATIO = 1.4
 """Growth of the bucket bounds: 40 buckets reach 3e7 events; finer ones gain less than they cost in noise."""
 
 
-def class_of(uses: int, turn: int, is_last: bool) -> int:
-    """The class, 0 to ``CLASSES`` - 1. ``uses`` and ``turn`` start at 1."""
-    return ((min(uses, USES_MAX) - 1) * TURNS_MAX + min(turn, TURNS_MAX) - 1) * 2 + is_last
+CLASS_OF_USES = tuple((min(max(uses, 1), USES_MAX) - 1) * TURNS_MAX * 2 for uses in range(256))
+CLASS_OF_TURN = tuple((min(max(turn, 1), TURNS_MAX) - 1) * 2 for turn in range(256))
+"""A class is ``CLASS_OF_USES[uses] + CLASS_OF_TURN[turn] + is_last``: looked up, as every event does it."""
 
 
 def age_edges() -> list[int]:
@@ -32,3 +34,8 @@ def age_edges() -> list[int]:
         edges.append(int(bound))
         bound *= AGE_RATIO
     return edges
+
+
+AGE_EDGES = np.asarray(age_edges(), dtype=np.float64)
+AGE_WIDTHS = np.diff(np.append(AGE_EDGES, AGE_EDGES[-1] * AGE_RATIO))
+AGE_CENTRES = AGE_EDGES + AGE_WIDTHS / 2

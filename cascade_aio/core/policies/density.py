@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cascade_aio.core.policies.ages import AGES, CLASSES, TURNS_MAX, USES_MAX, age_edges
+from cascade_aio.core.policies.ages import AGE_CENTRES, AGE_WIDTHS, AGES, CLASSES, TURNS_MAX, USES_MAX
 
 Table = npt.NDArray[np.float64]
 
@@ -32,9 +32,7 @@ HAZARD_MAX = 0.9
 SHAPE_USES = 3
 """Uses with a shape of their own; more share the last one."""
 
-_EDGES = np.asarray(age_edges(), dtype=np.float64)
-_WIDTHS = np.diff(np.append(_EDGES, _EDGES[-1] * 1.4))
-_POWER_LAW = PRIOR_HAZARD * _WIDTHS / (_EDGES + 1.5 * _WIDTHS)
+_POWER_LAW = PRIOR_HAZARD * AGE_WIDTHS / (AGE_CENTRES + AGE_WIDTHS)
 
 
 def _shapes() -> npt.NDArray[np.int64]:
@@ -72,7 +70,7 @@ def densities(hazard: Table) -> Table:
     zero = np.zeros((len(hazard), 1))
     survival = np.cumprod(np.hstack([zero + 1.0, 1.0 - hazard]), axis=1)[:, :-1]
     hits = np.cumsum(np.hstack([zero, survival * hazard]), axis=1)
-    time = np.cumsum(np.hstack([zero, survival * (1.0 - hazard / 2) * _WIDTHS]), axis=1)
+    time = np.cumsum(np.hstack([zero, survival * (1.0 - hazard / 2) * AGE_WIDTHS]), axis=1)
     density = np.empty_like(hazard)
     for age in range(AGES):
         gained = hits[:, age + 1 :] - hits[:, age : age + 1]

@@ -14,8 +14,8 @@ ENTRIES_MIN = 1 << 16
 """512 KiB: a small tier remembers far more blocks than it holds, which is what it needs most."""
 ENTRIES_MAX = 1 << 24
 
+COUNT_MAX = 255
 _COUNT_BITS = 8
-_COUNT_MAX = (1 << _COUNT_BITS) - 1
 _TAG_SHIFT = 2 * _COUNT_BITS
 _TAG_MASK = ((1 << 64) - 1) >> _TAG_SHIFT << _TAG_SHIFT
 
@@ -33,19 +33,17 @@ class GhostTable:
         self._table = array("Q", bytes((self._mask + 1) * ENTRY_BYTES))
 
     def put(self, hashed: int, uses: int, turn: int) -> None:
-        """Remember ``uses`` (at least 1) and ``turn``; both saturate at 255."""
-        tag = hashed & _TAG_MASK
-        counts = min(uses, _COUNT_MAX) << _COUNT_BITS | min(turn, _COUNT_MAX)
-        self._table[hashed & self._mask] = tag | counts
+        """Remember ``uses`` (at least 1) and ``turn``, both at most ``COUNT_MAX``."""
+        self._table[hashed & self._mask] = hashed & _TAG_MASK | uses << _COUNT_BITS | turn
 
-    def take(self, hashed: int) -> tuple[int, int] | None:
-        """``(uses, turn)`` of a remembered block, which is forgotten, or ``None``."""
+    def take(self, hashed: int) -> tuple[int, int]:
+        """``(uses, turn)`` of a remembered block, which is forgotten, or ``(0, 0)``."""
         place = hashed & self._mask
         entry = self._table[place]
         if not entry or (entry ^ hashed) & _TAG_MASK:
-            return None
+            return (0, 0)
         self._table[place] = 0
-        return entry >> _COUNT_BITS & _COUNT_MAX, entry & _COUNT_MAX
+        return entry >> _COUNT_BITS & COUNT_MAX, entry & COUNT_MAX
 
     def __len__(self) -> int:
         """Places in the table, used or not: the bound on ghosts."""

@@ -20,9 +20,9 @@ from array import array
 
 import numpy as np
 
-from cascade_aio.core.policies.ages import AGES, CLASSES, class_of
+from cascade_aio.core.policies.ages import AGES, CLASS_OF_TURN, CLASS_OF_USES, CLASSES
 from cascade_aio.core.policies.density import densities, eviction_order, hazards
-from cascade_aio.core.policies.ghosts import ENTRIES_MIN, GhostTable
+from cascade_aio.core.policies.ghosts import COUNT_MAX, ENTRIES_MIN, GhostTable
 from cascade_aio.core.policies.queues import NODE_BYTES as QUEUE_NODE_BYTES
 from cascade_aio.core.policies.queues import AgedQueues
 from cascade_aio.core.policies.reuse import ReuseSample
@@ -39,14 +39,14 @@ NODE_BYTES = QUEUE_NODE_BYTES + 31
 """Memory per node without its ghosts (8 bytes each): the sum of the columns' item sizes."""
 
 _GROWTH_NODES = 4096
-_FIT_EVENTS_MIN = 2048
+_FIT_EVENTS_MIN = 2048  # one fit takes 2 ms: 1 µs per event at first, 0.1 µs in the long run
+_FIT_EVENTS_MAX = 16384
 _ADVANCE_EVENTS = 128
 _U64 = (1 << 64) - 1
 _MIX = 0x9E37_79B9_7F4A_7C15
 _RESIDENT = 1
 _HAD_CHILD = 2
 _KNOWN = 4  # came with an identity
-_COUNT_MAX = 255
 
 
 class HitDensity:
@@ -67,6 +67,8 @@ class HitDensity:
         self._ghosts = GhostTable(ENTRIES_MIN)
         self._sample = ReuseSample()
         self._now = 0
+        self._newest = 0
+        """Used last and not queued yet: mostly its child comes next, and it need not be queued at all."""
         self._resident = 0
         self._admitted_bytes = 0
         self._advance_at = _ADVANCE_EVENTS
@@ -80,26 +82,26 @@ class HitDensity:
         ``identity`` nothing is learnt from the node, and nothing is remembered of it."""
         assert node != parent, f"node {node} cannot be its own parent"
         slot, above = node + 1, parent + 1
-        if max(slot, above) >= len(self._flags):
+        if (slot if slot > above else above) >= len(self._flags):
             self._grow(max(slot, above))
         assert node >= 0, "nodes are not negative"
         assert not self._flags[slot] & _RESIDENT, f"node {node} is in the tier already"
-        if above and self._children[slot] and self._is_circle(slot, above):
-            above = 0
+        flags = _RESIDENT
+        if self._children[slot]:
+            flags |= _HAD_CHILD
+            if self._is_circle(slot, above):
+                above = 0
         self._parent[slot] = above
         self._nbytes[slot] = nbytes
         self._resident += 1
         self._admitted_bytes += nbytes
-        flags = _RESIDENT | (_HAD_CHILD if self._children[slot] else 0)
-        uses, turn = 1, 0
+        uses = turn = 0
         if identity is not None:
             flags |= _KNOWN
             self._hash[slot] = hashed = _mix(identity)
-            ghost = self._ghosts.take(hashed)
-            if ghost is not None:
-                uses, turn = min(ghost[0] + 1, _COUNT_MAX), ghost[1]
+            uses, turn = self._ghosts.take(hashed)
         self._flags[slot] = flags
-        self._uses[slot] = uses
+        self._uses[slot] = uses + (uses < COUNT_MAX)
         self._turn[slot] = turn or self._next_turn(above)
         if above:
             self._gain_child(above)
@@ -111,7 +113,7 @@ class HitDensity:
         assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
         if self._queues.tick[slot] == self._now:
             return
-        if self._uses[slot] < _COUNT_MAX:
+        if self._uses[slot] < COUNT_MAX:
             self._uses[slot] += 1
         self._use(slot)
 
@@ -119,7 +121,7 @@ class HitDensity:
         slot = node + 1
         assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
         self._pins[slot] += 1
-        if self._queues.is_queued(slot):
+        if self._queues.queue[slot]:
             self._queues.unlink(slot)
 
     def unpin(self, node: int) -> None:
@@ -128,7 +130,7 @@ class HitDensity:
         pins = self._pins[slot]
         assert pins, f"node {node} is not pinned"
         self._pins[slot] = pins - 1
-        if pins == 1 and not self._children[slot]:
+        if pins == 1 and not self._children[slot] and slot != self._newest:
             self._queues.put_back(slot, self._class(slot), self._now)
 
     def remove(self, node: int) -> None:
@@ -137,19 +139,26 @@ class HitDensity:
         assert not self._pins[slot], f"node {node} is pinned"
         self._resident -= 1
         self._admitted_bytes -= self._nbytes[slot]
-        if self._queues.is_queued(slot):
+        if self._queues.queue[slot]:
             self._queues.unlink(slot)
+        elif slot == self._newest:
+            self._newest = 0
         if self._flags[slot] & _KNOWN:
             self._ghosts.put(self._hash[slot], self._uses[slot], self._turn[slot])
         self._flags[slot] = 0
         above = self._parent[slot]
         if above:
             self._children[above] -= 1
-            if not self._children[above] and self._flags[above] & _RESIDENT and not self._pins[above]:
+            if self._children[above] or self._pins[above] or above == self._newest:
+                return
+            if self._flags[above] & _RESIDENT:
                 self._queues.put_back(above, self._class(above), self._now)
 
     def victim(self) -> int | None:
         """The evictable node of the least dense queue; asked again without other events, the same one."""
+        if self._newest:
+            self._queue(self._newest)
+            self._newest = 0
         slot = self._queues.first()
         return slot - 1 if slot else None
 
@@ -176,29 +185,37 @@ class HitDensity:
         hashed = self._hash[slot]
         if hashed < self._sample.threshold and self._flags[slot] & _KNOWN:
             self._sample.use(hashed, kind, now)
-        if queues.is_queued(slot):
+        if queues.queue[slot]:
             queues.unlink(slot)
-        if not self._children[slot] and not self._pins[slot]:
-            queues.append(slot, kind)
+        newest, self._newest = self._newest, slot
+        if newest and newest != slot:
+            self._queue(newest)
         if now >= self._advance_at:
             self._keep_up(now)
 
+    def _queue(self, slot: int) -> None:
+        """Queue a node behind all others of its class if it is evictable (and none used since is queued)."""
+        if not self._children[slot] and not self._pins[slot] and self._flags[slot] & _RESIDENT:
+            self._queues.append(slot, self._class(slot))
+
     def _class(self, slot: int) -> int:
-        return class_of(self._uses[slot], self._turn[slot], not self._flags[slot] & _HAD_CHILD)
+        is_last = not self._flags[slot] & _HAD_CHILD
+        return CLASS_OF_USES[self._uses[slot]] + CLASS_OF_TURN[self._turn[slot]] + is_last
 
     def _next_turn(self, above: int) -> int:
         """The turn of a new block: its parent's if that is new too, else the one after."""
         if not above or not self._flags[above] & _RESIDENT:
             return 1
-        return min(self._turn[above] + (self._uses[above] > 1), _COUNT_MAX)
+        return min(self._turn[above] + (self._uses[above] > 1), COUNT_MAX)
 
     def _gain_child(self, above: int) -> None:
         self._children[above] += 1
-        if self._queues.is_queued(above):
+        if self._queues.queue[above]:
             self._queues.unlink(above)
-        if self._flags[above] & (_RESIDENT | _HAD_CHILD) == _RESIDENT:
-            self._flags[above] |= _HAD_CHILD
-            if self._flags[above] & _KNOWN and self._hash[above] < self._sample.threshold:
+        flags = self._flags[above]
+        if flags & (_RESIDENT | _HAD_CHILD) == _RESIDENT:
+            self._flags[above] = flags | _HAD_CHILD
+            if flags & _KNOWN and self._hash[above] < self._sample.threshold:
                 self._sample.reclassify(self._hash[above], self._class(above))
 
     def _is_circle(self, slot: int, above: int) -> bool:
@@ -220,7 +237,7 @@ class HitDensity:
             self._ghosts = GhostTable(2 * len(self._ghosts))
 
     def _fit(self) -> None:
-        self._fit_at = self._now + max(_FIT_EVENTS_MIN, self._resident // AGES)
+        self._fit_at = self._now + min(max(_FIT_EVENTS_MIN, self._now >> 4), _FIT_EVENTS_MAX)
         horizon = max(HORIZON_EVENTS_MIN, HORIZON_TURNOVERS * self._resident)
         reused, unused = self._sample.counts(self._now, horizon)
         self._queues.set_order(eviction_order(densities(hazards(reused, unused))))
@@ -240,8 +257,7 @@ class HitDensity:
 def _mix(identity: int) -> int:
     """Spread an identity over 64 bits: callers may give counters, tables want hashes."""
     mixed = (identity * _MIX) & _U64
-    mixed ^= mixed >> 32
-    return (mixed * _MIX) & _U64
+    return mixed ^ mixed >> 32
 
 
 assert CLASSES * AGES < np.iinfo(np.uint16).max

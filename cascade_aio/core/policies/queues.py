@@ -32,10 +32,11 @@ class AgedQueues:
 
     def __init__(self) -> None:
         self.tick = array("Q", bytes(8))
-        """Last use of every slot, in events."""
+        """Last use of every slot, in events; set by the owner before a slot is queued."""
         self._prev = array("I", bytes(4))
         self._next = array("I", bytes(4))
-        self._queue = array("H", bytes(2))  # number + 1; 0: in none
+        self.queue = array("H", bytes(2))
+        """Where every slot is: queue number + 1, or 0 for none."""
         self._heads = array("I", bytes(4 * _QUEUES))
         self._tails = array("I", bytes(4 * _QUEUES))
         self._edges = age_edges()
@@ -48,7 +49,7 @@ class AgedQueues:
         """Make room for slots below ``slots``."""
         grown = slots - len(self.tick)
         if grown > 0:
-            for column in (self.tick, self._prev, self._next, self._queue):
+            for column in (self.tick, self._prev, self._next, self.queue):
                 column.frombytes(bytes(grown * column.itemsize))
 
     def set_order(self, order: npt.NDArray[np.int64]) -> None:
@@ -60,9 +61,6 @@ class AgedQueues:
         filled = np.asarray(self._heads)[order] != 0
         self._waiting = int.from_bytes(np.packbits(filled, bitorder="little").tobytes(), "little")
 
-    def is_queued(self, slot: int) -> bool:
-        return self._queue[slot] != 0
-
     def append(self, slot: int, kind: int) -> None:
         """Queue a slot that was used just now."""
         self._append(slot, kind * AGES)
@@ -71,7 +69,7 @@ class AgedQueues:
         """Queue a slot used earlier, before the others of its age: its children went, it goes next."""
         number = kind * AGES + bisect_right(self._edges, now - self.tick[slot]) - 1
         head = self._heads[number]
-        self._queue[slot] = number + 1
+        self.queue[slot] = number + 1
         self._prev[slot] = 0
         self._next[slot] = head
         self._heads[number] = slot
@@ -82,9 +80,9 @@ class AgedQueues:
             self._waiting |= 1 << self._rank[number]
 
     def unlink(self, slot: int) -> None:
-        number = self._queue[slot] - 1
+        number = self.queue[slot] - 1
         before, after = self._prev[slot], self._next[slot]
-        self._queue[slot] = 0
+        self.queue[slot] = 0
         if before:
             self._next[before] = after
         else:
@@ -119,7 +117,7 @@ class AgedQueues:
 
     def _append(self, slot: int, number: int) -> None:
         tail = self._tails[number]
-        self._queue[slot] = number + 1
+        self.queue[slot] = number + 1
         self._prev[slot] = tail
         self._next[slot] = 0
         self._tails[number] = slot

@@ -5,8 +5,9 @@ the blocks whose hash falls under a threshold, whether they are resident or not,
 does not depend on what was evicted (a policy that learns from its own hits only confirms itself).
 At most ``LIVES_MAX`` lives are open; when there are more, half of the blocks leave the sample.
 
-Invariants: the order of ``_open`` is the order of beginnings; counts decay by half every
-``LIVES_HALF`` lives, so that a change of traffic is forgotten in bounded time.
+Invariants: the order of ``_open`` is the order of beginnings. A life weighs 1 when it begins and half
+of that for every ``LIVES_HALF`` lives since, whether it has ended or not: a change of traffic is
+forgotten in bounded time, and open and ended lives of one time stay comparable.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
-from cascade_aio.core.policies.ages import AGES, CLASSES, age_edges
+from cascade_aio.core.policies.ages import AGE_CENTRES, AGES, CLASSES, age_edges
 
 Counts = npt.NDArray[np.float64]
 
 LIVES_MAX = 1 << 14
 """Open lives: about 2.5 MiB, and a fit of them in about a millisecond."""
-LIVES_HALF = 1 << 16
+LIVES_HALF = 1 << 17
+"""Eight times the open lives: less forgets what comes back rarely before it came back."""
 
 _HASHES = 1 << 64
 
@@ -40,7 +42,7 @@ class ReuseSample:
         self._reused = np.zeros((CLASSES, AGES))
         self._lost = np.zeros((CLASSES, AGES))
         self._ended: list[int] = []
-        self._begun = 0
+        self._settled_at = 0
 
     def use(self, hashed: int, kind: int, now: int) -> None:
         """A block of the sample was used at event ``now`` and is of class ``kind`` from now on."""
@@ -48,10 +50,9 @@ class ReuseSample:
         if life is not None:
             began, before = divmod(life, CLASSES)
             self._ended.append(before * AGES + bisect_right(self._edges, now - began) - 1)
-        self._begun += 1
         self._open[hashed] = now * CLASSES + kind
         if len(self._open) > self._lives_max:
-            self._halve()
+            self._halve(now)
 
     def reclassify(self, hashed: int, kind: int) -> None:
         """The running life of a block of the sample turned out to be of class ``kind``."""
@@ -62,26 +63,34 @@ class ReuseSample:
     def counts(self, now: int, horizon: int) -> tuple[Counts, Counts]:
         """``(reused, unused)``, each of shape (``CLASSES``, ``AGES``): lives that ended with a reuse at an
         age, and lives last seen unused at an age. Lives older than ``horizon`` events end unused."""
-        self._settle()
+        self._settle(now)
         self._expire(now - horizon)
         lives = np.fromiter(self._open.values(), dtype=np.int64, count=len(self._open))
         began, kinds = np.divmod(lives, CLASSES)
-        buckets = np.searchsorted(self._edges, now - began, side="right") - 1
-        unused = np.bincount(kinds * AGES + buckets, minlength=CLASSES * AGES).reshape(CLASSES, AGES)
+        ages = now - began
+        buckets = np.searchsorted(self._edges, ages, side="right") - 1
+        weights = 0.5 ** (ages / self._half_events)
+        unused = np.bincount(kinds * AGES + buckets, weights, CLASSES * AGES).reshape(CLASSES, AGES)
         return self._reused, self._lost + unused
 
     def __len__(self) -> int:
         """Open lives."""
         return len(self._open)
 
-    def _settle(self) -> None:
-        """Add what ended since the last time to the counts, which decay by what began."""
-        decay = 0.5 ** (self._begun / LIVES_HALF)
+    @property
+    def _half_events(self) -> float:
+        return LIVES_HALF * (_HASHES / self.threshold)
+
+    def _settle(self, now: int) -> None:
+        """Let the counts decay until now and add what ended since the last time."""
+        half = self._half_events
+        decay = 0.5 ** ((now - self._settled_at) / half)
         ended = np.bincount(np.asarray(self._ended, dtype=np.int64), minlength=CLASSES * AGES)
-        self._reused = self._reused * decay + ended.reshape(CLASSES, AGES)
+        ended_weights = ended.reshape(CLASSES, AGES) * 0.5 ** (AGE_CENTRES / half)
+        self._reused = self._reused * decay + ended_weights
         self._lost = self._lost * decay
         self._ended.clear()
-        self._begun = 0
+        self._settled_at = now
 
     def _expire(self, oldest: int) -> None:
         while self._open:
@@ -90,11 +99,11 @@ class ReuseSample:
             if began >= oldest:
                 return
             del self._open[hashed]
-            self._lost[kind, AGES - 1] += 1.0
+            self._lost[kind, AGES - 1] += 0.5 ** ((self._settled_at - began) / self._half_events)
 
-    def _halve(self) -> None:
+    def _halve(self, now: int) -> None:
         """Drop the upper half of the hashes, and of the weight of what was counted with them."""
-        self._settle()
+        self._settle(now)
         self.threshold //= 2
         self._open = {hashed: life for hashed, life in self._open.items() if hashed < self.threshold}
         self._reused *= 0.5
