@@ -1,9 +1,10 @@
 # Entry points for people and CI. Every target may be repeated; each sets up .venv first if needed.
 #   make demo     see the store work        make bench    measure it against the raw limits
 #   make test     run all tests             make wheel    build the wheel and prove it elsewhere
+#   make crash    kill writers at random, KILLS=200 times, and check what is left
 #   make build    (re)build after changing c/
 # PYTHON=... chooses the interpreter of a new .venv; ARGS=... is passed on.
-.PHONY: help setup build demo test bench wheel lint clean
+.PHONY: help setup build demo test bench crash wheel lint clean
 .DEFAULT_GOAL := help
 export PYTHON
 
@@ -22,6 +23,10 @@ test: setup
 bench: export CASCADE_EXTRAS = dev,bench
 bench: setup
 	@.venv/bin/python -m bench run $(ARGS)
+
+crash: KILLS ?= 200
+crash: setup
+	@.venv/bin/python -m cascade_aio.testing.crash campaign --kills $(KILLS) $(ARGS)
 
 wheel: setup
 	@scripts/wheel.sh
