@@ -16,9 +16,10 @@ import abc
 import asyncio
 import dataclasses
 import errno
+import functools
 from collections.abc import Iterable, Sequence
 
-from cascade_aio.abc.storage import PAGE_BYTES, Priority
+from cascade_aio.abc.storage import PAGE_BYTES, Priority, Urgency
 from cascade_aio.errors import ClosedError, ConfigError
 from cascade_aio.io.errors import os_error
 from cascade_aio.io.schedule import IN_FLIGHT_PARTS, ServiceQueues
@@ -93,7 +94,7 @@ class TransferEngine(abc.ABC):
         buffers: Sequence[memoryview],
         offset: int,
         *,
-        priority: Priority = Priority.DEMAND,
+        priority: Priority | Urgency = Priority.DEMAND,
         deadline_s: float | None = None,
     ) -> int:
         """Fill ``buffers`` from ``offset``; bytes read, less only at the end of the file.
@@ -186,7 +187,7 @@ class TransferEngine(abc.ABC):
         file: OpenFile,
         buffers: Sequence[memoryview],
         offset: int,
-        priority: Priority,
+        priority: Priority | Urgency,
         deadline_s: float | None,
     ) -> int:
         if self._closing:
@@ -194,6 +195,9 @@ class TransferEngine(abc.ABC):
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError("this I/O engine belongs to another event loop; open one in the loop that uses it")
         spans = [] if kind is Kind.SYNC else gather(file, kind, buffers, offset)
+        urgency = None
+        if isinstance(priority, Urgency):
+            urgency, priority = priority, priority.priority
         transfer = Transfer(self._loop, kind, file, spans, offset, priority)
         if not transfer.has_more():
             return 0
@@ -203,8 +207,19 @@ class TransferEngine(abc.ABC):
         if deadline_s is not None:
             transfer.deadline = self._loop.call_later(max(0.0, deadline_s), self._expire, transfer)
         self._schedule_flush()
-        await transfer.wait(self._cancel)
+        if urgency is None:
+            await transfer.wait(self._cancel)
+        else:
+            with urgency.watched(functools.partial(self._rise, transfer)):
+                await transfer.wait(self._cancel)
         return transfer.outcome()
+
+    def _rise(self, transfer: Transfer, priority: Priority) -> None:
+        """What of ``transfer`` still waits moves to the class ``priority``; what is in flight stays as it is."""
+        if transfer.has_more():
+            self._queues.move(transfer, transfer.priority, priority)
+            self._schedule_flush()
+        transfer.priority = priority
 
     def _cancel(self, transfer: Transfer) -> None:
         self._counts["cancelled"] += 1
@@ -333,7 +348,7 @@ class TransferEngine(abc.ABC):
     def _end(self, request: Request, finished: list[Transfer]) -> None:
         del self._in_flight[request.token]
         transfer = request.transfer
-        self._account(transfer.priority, -1, -request.nbytes)
+        self._account(request.priority, -1, -request.nbytes)
         if transfer.ended(request):
             finished.append(transfer)
 
@@ -370,7 +385,7 @@ class TransferEngine(abc.ABC):
             return False
         self._counts["bytes"] += moved
         self._counts["resumed"] += 1
-        self._account(transfer.priority, 0, -moved)
+        self._account(request.priority, 0, -moved)
         request.advance(moved)
         request.restarts = 0
         self._again.append(request)

@@ -53,6 +53,14 @@ class ServiceQueues(Generic[T]):
         self._queues[priority].append(item)
         self._size += 1
 
+    def move(self, item: T, before: Priority, after: Priority) -> None:
+        """Put ``item``, which waits in class ``before``, at the end of class ``after``."""
+        queue = self._queues[before]
+        queue.remove(item)
+        if not queue:
+            self._earned[before] = 0.0
+        self._queues[after].append(item)
+
     def head(self, priority: Priority) -> T:
         return self._queues[priority][0]
 

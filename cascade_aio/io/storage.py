@@ -22,7 +22,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from cascade_aio.abc.storage import File, FileEntry, Lock, Priority
+from cascade_aio.abc.storage import File, FileEntry, Lock, Priority, Urgency
 from cascade_aio.errors import ClosedError
 from cascade_aio.io.engine import EngineLimits, TransferEngine
 from cascade_aio.io.errors import explained
@@ -80,7 +80,7 @@ class PosixStorage:
         buffers: Sequence[memoryview],
         offset: int,
         *,
-        priority: Priority = Priority.DEMAND,
+        priority: Priority | Urgency = Priority.DEMAND,
         deadline_s: float | None = None,
     ) -> int:
         """See ``abc.Storage``. On a direct file, misaligned buffers are ``OSError`` (EINVAL) at once."""

@@ -76,12 +76,24 @@ class Span:
 class Request:
     """One question to the device; ``token`` names it there. ``pieces``: (span index, start, bytes)."""
 
-    __slots__ = ("interrupted", "nbytes", "offset", "pieces", "restarts", "slot", "token", "transfer", "vector")
+    __slots__ = (
+        "interrupted",
+        "nbytes",
+        "offset",
+        "pieces",
+        "priority",
+        "restarts",
+        "slot",
+        "token",
+        "transfer",
+        "vector",
+    )
 
     def __init__(
         self, transfer: Transfer, token: int, offset: int, nbytes: int, pieces: list[tuple[int, int, int]], slot: int
     ) -> None:
         self.transfer = transfer
+        self.priority = transfer.priority  # of now: the transfer may become more urgent, what is in flight is not
         self.token = token
         self.offset = offset
         self.nbytes = nbytes
