@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import StoreConfig
@@ -28,6 +28,8 @@ from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
 
 logger = logging.getLogger("cascade_aio.store")
+
+_T = TypeVar("_T")
 
 DAMAGE_KEPT_MAX = 1000
 """Newest damage reports kept for ``statistics``; the count goes on."""
@@ -76,6 +78,38 @@ class TaskScope:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)
+
+    async def run(self, work: Coroutine[Any, Any, _T], ended: Callable[[], Exception]) -> _T:
+        """Run a caller's ``work`` to its end; raises ``ended()`` if this scope closes first.
+
+        A cancelled caller cancels the work and waits for its end.
+        """
+        outcome: list[_T | BaseException] = []
+
+        async def record() -> None:
+            try:
+                outcome.append(await work)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                outcome.append(error)  # the caller's, not the scope's
+
+        task = self.spawn(record(), name="cascade-call")
+        cancelled: asyncio.CancelledError | None = None
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+                task.cancel()
+        work.close()  # a task that was cancelled before its first step has not begun it
+        if cancelled is not None:
+            raise cancelled
+        if not outcome:
+            raise ended()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
 
     async def close(self) -> None:
         """Cancel all and wait for them, however often the caller is cancelled meanwhile."""
@@ -128,6 +162,12 @@ class StoreContext:
         self.room = ArenaRoom(self.catalog, self.disk.expedite, self.explain_arena)
         self.tasks = TaskScope(self.fail)
         self.merger = CatalogMerger(self.catalog, self.report_damage)
+
+    async def while_open(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run ``work``, which reads files, unless the store is closed before its end: then ``ClosedError``."""
+        return await self.tasks.run(
+            work, lambda: ClosedError(f"the store on {self.config.root} was closed during the call")
+        )
 
     def check(self) -> None:
         """Every public call starts here: right loop, open, healthy."""

@@ -176,7 +176,7 @@ class Store:
     async def refresh(self) -> int:
         """Learn of blocks that other writers of this root stored (and deleted); returns how many are new."""
         self._context.check()
-        return await refresh(self._context)
+        return await self._context.while_open(refresh(self._context))
 
     async def delete(self, name: BlockId | PrefixKey | str) -> None:
         """Forget a block and all of its names; after ``flush`` it does not come back.
@@ -224,7 +224,7 @@ class Store:
         Reads in the background class, in bounded memory; damage is reported, not repaired. May be cancelled.
         """
         self._context.check()
-        return await verify_root(self._context, on_progress)
+        return await self._context.while_open(verify_root(self._context, on_progress))
 
     async def wait_ready(self) -> None:
         """Return once the whole arena is populated. Not needed before anything; benchmarks use it."""

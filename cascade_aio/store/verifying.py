@@ -72,3 +72,6 @@ async def _verify_segment(
                         progress.advance(0 if header is None else header.record_bytes)
         except FileNotFoundError:
             return
+        except OSError as error:
+            reason = f"segment cannot be opened ({error.strerror})"
+            progress.damage.append(CorruptionError(reason, path=entry.path, segment=entry.name))

@@ -354,3 +354,39 @@ def test_flush_promises_what_only_another_writer_has_written_without_a_sync(resi
         await one.aclose()
 
     run(story)
+
+
+@pytest.mark.parametrize("call", ["verify", "refresh"])
+def test_closing_ends_a_call_that_reads_files_before_the_files_are_closed(call: str) -> None:
+    async def story(world: World) -> None:
+        other = await world.open()
+        store = await world.open()
+        for i in range(15):
+            await store.put(*block(f"own {i}", 200_000))
+            await other.put(*block(f"other {i}", 200_000))
+        await other.aclose()
+        await store.flush()
+        world.storages[1].hooks.append(lambda operation: asyncio.sleep(0.5) if operation.name == "read" else None)
+        calling = asyncio.ensure_future(getattr(store, call)())
+        await asyncio.sleep(1.2)
+        assert not calling.done()
+        await store.aclose()
+        with pytest.raises(ClosedError, match="closed during the call"):
+            await calling
+        await settle()
+        world.check_closed()
+
+    run(story)
+
+
+def test_verify_reports_a_segment_that_cannot_be_opened() -> None:
+    async def story(world: World) -> None:
+        store = await cold(world, block("a"))
+        world.storage.hooks.append(fail_with(errno.EACCES, "open"))
+        (damage,) = (await store.verify()).damage
+        assert "cannot be opened" in str(damage)
+        assert damage.path is not None
+        assert (await store.verify()).damage == ()
+        await store.aclose()
+
+    run(story)
