@@ -37,11 +37,13 @@ class Copy:
         "holds",
         "key_bytes",
         "leases",
+        "loading",
         "meta",
         "row",
         "stamp",
         "state",
         "stranded",
+        "used",
         "value_bytes",
         "value_offset",
     )
@@ -75,6 +77,10 @@ class Copy:
         self.stranded = False
         """The segment writer gave it up: held, because it is the only copy, until it is dropped."""
         self.state = CopyState.FILLING
+        self.used = 0
+        """``Catalog.uses`` at the last use: admission, get, end of a lease."""
+        self.loading: Callable[[], None] | None = None
+        """While it is being read: called when nobody but the reading holds it any more."""
 
     def key_view(self) -> memoryview:
         """Read-only view of the key part."""
@@ -108,6 +114,8 @@ class Catalog:
         self.pinned_bytes = 0
         self.evicted_blocks = 0
         self.evicted_bytes = 0
+        self.uses = 0
+        """Uses of copies so far: a clock without time. A copy with ``used <= mark`` was not used since ``mark``."""
         self.on_room: Callable[[], None] = lambda: None
         self.on_forget: Callable[[int], None] = lambda row: None
 
@@ -158,6 +166,7 @@ class Catalog:
         assert row not in self.copies, row
         copy.state = advance(copy.state, CopyEvent.SEAL)
         copy.row = row
+        self.note_use(copy)
         self.copies[row] = copy
         self.hot[copy.block_id] = copy
         self.copy_bytes += copy.extent.nbytes
@@ -175,6 +184,8 @@ class Catalog:
     def release(self, copy: Copy) -> None:
         copy.holds -= 1
         if copy.holds:
+            if copy.loading is not None:
+                copy.loading()
             return
         if copy.row >= 0:
             self.shm_policy.unpin(copy.row)
@@ -183,18 +194,30 @@ class Catalog:
             self._free(copy)
         self.on_room()
 
-    def evict_one(self) -> bool:
-        """Drop the coldest copy that nobody holds. False if there is none."""
+    def evict_one(self, *, unused_since: int | None = None) -> bool:
+        """Drop the coldest copy that nobody holds. False if there is none, or if it was used after ``unused_since``."""
         row = self.shm_policy.victim()
         if row is None:
             return False
         copy = self.copies[row]
+        if unused_since is not None and copy.used > unused_since:
+            return False
+        self.evict(copy)
+        return True
+
+    def evict(self, copy: Copy) -> None:
+        """Drop this very copy, which is resident and nobody holds: the policy is told, not asked."""
+        row = copy.row
         assert copy.holds == 0, row
         self.evicted_blocks += 1
         self.evicted_bytes += copy.extent.nbytes
         self._detach(copy, CopyEvent.EVICT)
         self._forget_if_gone(row)
-        return True
+
+    def note_use(self, copy: Copy) -> None:
+        """Right now ``copy`` is the one used last."""
+        self.uses += 1
+        copy.used = self.uses
 
     def _detach(self, copy: Copy, event: CopyEvent) -> None:
         copy.state = advance(copy.state, event)
@@ -222,7 +245,7 @@ class Catalog:
         self.hot.clear()
 
     def _free(self, copy: Copy) -> None:
-        copy.state = advance(copy.state, CopyEvent.EVICTED)
+        copy.state = advance(copy.state, CopyEvent.ABORT if copy.state is CopyState.FILLING else CopyEvent.EVICTED)
         self.shm.free(copy.extent)
 
     # -- disk copies --------------------------------------------------------------------------
@@ -284,7 +307,9 @@ class Catalog:
 
     def touch(self, row: int) -> None:
         """The block was used: both tiers' heat."""
-        if row in self.copies:
+        copy = self.copies.get(row)
+        if copy is not None:
+            self.note_use(copy)
             self.shm_policy.touch(row)
         if self.disk_policy is not None and row in self.disk_policy:
             self.disk_policy.touch(row)

@@ -48,6 +48,7 @@ class LeaseDesk:
         self._ledger.release(number)
         copy.leases -= 1
         if not copy.leases:
+            self._catalog.note_use(copy)
             self._catalog.release(copy)
 
     def release_later(self, copy: Copy, number: int) -> None:

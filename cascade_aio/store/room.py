@@ -4,14 +4,21 @@ What it is: a first-come-first-served queue in front of the allocator, loads bef
 decision whom to evict is the policy's; this module only asks for victims until the head of the
 queue fits. Bounded: a request waits at most ``wait_s``, then ``TierFullError`` says what holds the
 arena. A large request is never starved by small ones, because nobody overtakes within a class.
+
+Reads ahead of need come last and may only take what their ``Claim`` allows: free memory, copies that
+the policy would evict next *and* that nobody used since the claim was made, and what the claimant
+itself has consumed. They are served only while nobody else waits, each as it fits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 
+from cascade_aio.abc.storage import Priority, Urgency
 from cascade_aio.config import format_size
 from cascade_aio.errors import BlockTooLargeError, TierFullError
 from cascade_aio.store.catalog import Catalog
@@ -21,12 +28,25 @@ _EVICTIONS_PER_STEP_MAX = 256
 """Evictions done in one loop turn (about 1 ms); a longer search goes on in the next turn."""
 
 
-class _Request:
-    __slots__ = ("future", "nbytes")
+@dataclasses.dataclass(frozen=True, slots=True)
+class Claim:
+    """What reads ahead may take: copies not used since ``mark`` (see ``Catalog.uses``), and what ``give`` evicts.
 
-    def __init__(self, nbytes: int, future: asyncio.Future[Extent]) -> None:
+    ``give()`` evicts one copy that the claimant brought and has done with; ``False`` if there is none.
+    """
+
+    mark: int
+    give: Callable[[], bool]
+
+
+class _Request:
+    __slots__ = ("ahead", "claim", "future", "nbytes")
+
+    def __init__(self, nbytes: int, future: asyncio.Future[Extent], claim: Claim | None, *, ahead: bool) -> None:
         self.nbytes = nbytes
         self.future = future
+        self.claim = claim
+        self.ahead = ahead
 
 
 class ArenaRoom:
@@ -38,6 +58,9 @@ class ArenaRoom:
         self._explain = explain
         self._loads: collections.deque[_Request] = collections.deque()
         self._stores: collections.deque[_Request] = collections.deque()
+        self._ahead: collections.deque[_Request] = collections.deque()
+        self.let_go: Callable[[], bool] = lambda: False
+        """Gives up one copy that is only held because somebody will want it; ``False`` if there is none."""
         self._scheduled = False
         self._closed: BaseException | None = None
         self.waited = 0
@@ -52,8 +75,20 @@ class ArenaRoom:
                 f"the arena of {format_size(capacity)}; open the store with larger shm_bytes"
             )
 
-    async def reserve(self, nbytes: int, *, demand: bool, wait_s: float) -> Extent:
+    async def reserve(
+        self,
+        nbytes: int,
+        *,
+        demand: bool,
+        wait_s: float,
+        urgency: Urgency | None = None,
+        claim: Claim | None = None,
+    ) -> Extent:
         """An extent of ``nbytes`` of the caller's own. ``demand`` requests are served before others.
+
+        With an ``urgency`` below DEMAND it is a read ahead, bound by its ``claim``, until somebody needs
+        it and the urgency rises; then it queues as a demand that has just come. A demand with a claim
+        takes what the claim allows before what the policy gives.
 
         Does not suspend when there is room. Raises ``BlockTooLargeError``, or ``TierFullError`` after
         ``wait_s`` seconds. Cancellation gives up the place in the queue.
@@ -61,20 +96,24 @@ class ArenaRoom:
         self.check_size(nbytes)
         if self._closed is not None:
             raise self._closed
-        if not self._loads and (demand or not self._stores):
-            extent, _ = self._try(nbytes)
+        loop = asyncio.get_running_loop()
+        ahead = urgency is not None and urgency.priority is not Priority.DEMAND
+        assert claim is not None or not ahead, "a read ahead needs a claim"
+        request = _Request(nbytes, loop.create_future(), claim, ahead=ahead)
+        queue = self._ahead if ahead else self._loads if demand else self._stores
+        if not self._loads and (queue is self._loads or not self._stores) and not (ahead and self._ahead):
+            extent, _ = self._try(request)
             if extent is not None:
                 return extent
-        request = _Request(nbytes, asyncio.get_running_loop().create_future())
-        queue = self._loads if demand else self._stores
         queue.append(request)
         self.waited += 1
         self.freed()
         try:
-            async with asyncio.timeout(wait_s):
-                return await request.future
+            async with asyncio.timeout(wait_s) as limit:
+                with self._following(request, urgency, limit, wait_s):
+                    return await request.future
         except BaseException as error:
-            self._withdraw(queue, request)
+            self._withdraw(request)
             if isinstance(error, TimeoutError):
                 raise TierFullError(
                     f"no room for {format_size(nbytes)} in the arena within {wait_s:g} s: {self._explain()}"
@@ -83,24 +122,45 @@ class ArenaRoom:
 
     def freed(self) -> None:
         """Room may have appeared: serve the queue in the next loop turn. Cheap when nobody waits."""
-        if not self._scheduled and (self._loads or self._stores):
+        if not self._scheduled and (self._loads or self._stores or self._ahead):
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._serve)
 
     def close(self, error: BaseException) -> None:
         """Everybody who waits, and everybody who comes, gets ``error``."""
         self._closed = error
-        for queue in (self._loads, self._stores):
+        for queue in (self._loads, self._stores, self._ahead):
             for request in queue:
                 if not request.future.done():
                     request.future.set_exception(error)
 
-    def _withdraw(self, queue: collections.deque[_Request], request: _Request) -> None:
+    @contextlib.contextmanager
+    def _following(
+        self, request: _Request, urgency: Urgency | None, limit: asyncio.Timeout, wait_s: float
+    ) -> Iterator[None]:
+        """Within this scope a read ahead moves to the loads when somebody needs it; its patience begins anew."""
+
+        def rise(priority: Priority) -> None:
+            if priority is Priority.DEMAND and request in self._ahead:
+                self._ahead.remove(request)
+                request.ahead = False
+                self._loads.append(request)
+                limit.reschedule(asyncio.get_running_loop().time() + wait_s)
+                self.freed()
+
+        if urgency is None:
+            yield
+            return
+        with urgency.watched(rise):
+            yield
+
+    def _withdraw(self, request: _Request) -> None:
         future = request.future
         if future.done() and not future.cancelled() and future.exception() is None:
             self._catalog.shm.free(future.result())  # granted in the very turn in which the caller gave up
-        elif request in queue:
-            queue.remove(request)
+        for queue in (self._loads, self._stores, self._ahead):
+            if request in queue:
+                queue.remove(request)
         self.freed()
 
     def _serve(self) -> None:
@@ -111,7 +171,7 @@ class ArenaRoom:
                 if request.future.done():
                     queue.popleft()
                     continue
-                extent, exhausted = self._try(request.nbytes)
+                extent, exhausted = self._try(request)
                 if extent is None:
                     if exhausted:
                         self._relieve()
@@ -120,17 +180,42 @@ class ArenaRoom:
                     return
                 queue.popleft()
                 request.future.set_result(extent)
+        self._serve_ahead()
 
-    def _try(self, nbytes: int) -> tuple[Extent | None, bool]:
-        """(extent or None, whether nothing evictable is left)."""
-        catalog = self._catalog
-        extent = catalog.shm.allocate(nbytes)
+    def _serve_ahead(self) -> None:
+        """Each as its own claim allows: one that is refused does not hold up another claimant."""
+        for request in list(self._ahead):
+            if not request.future.done():
+                extent, exhausted = self._try(request)
+                if extent is None:
+                    if not exhausted:
+                        self.freed()
+                        return
+                    continue
+                request.future.set_result(extent)
+            self._ahead.remove(request)
+
+    def _try(self, request: _Request) -> tuple[Extent | None, bool]:
+        """(extent or None, whether nothing is left that the request may have evicted)."""
+        shm = self._catalog.shm
+        extent = shm.allocate(request.nbytes)
         evictions = 0
         while extent is None:
             if evictions == _EVICTIONS_PER_STEP_MAX:
                 return None, False
-            if not catalog.evict_one():
+            if not self._evict_for(request):
                 return None, True
             evictions += 1
-            extent = catalog.shm.allocate(nbytes)
+            extent = shm.allocate(request.nbytes)
         return extent, False
+
+    def _evict_for(self, request: _Request) -> bool:
+        claim, catalog = request.claim, self._catalog
+        if claim is not None and (catalog.evict_one(unused_since=claim.mark) or claim.give()):
+            return True
+        if request.ahead:
+            return False
+        while not catalog.evict_one():
+            if not self.let_go():
+                return False
+        return True
