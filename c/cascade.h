@@ -92,6 +92,14 @@ void cascade_copy(void *dst, const void *src, size_t n);
 uint32_t cascade_copy_crc32c(void *dst, const void *src, size_t n, uint32_t crc);
 /* crc32c alone; table-driven where the CPU has no instruction. */
 uint32_t cascade_crc32c(const void *src, size_t n, uint32_t crc);
+/* Map `nbytes` of the file `fd` shared, readable and writable, at an address that is a multiple of
+ * `alignment` (a power of two, at least a page). */
+int cascade_map_shared(int fd, uint64_t nbytes, uint64_t alignment, void **out);
+int cascade_unmap(void *addr, uint64_t nbytes);
+/* Put [addr, addr + n) into huge pages, present and writable, bytes unchanged (MADV_COLLAPSE, Linux 6.1;
+ * it does not ask how transparent huge pages are configured). addr and n are multiples of the huge page.
+ * -EINVAL: this kernel or mapping cannot; -EAGAIN, -ENOMEM, -EBUSY: not now, part may be done. */
+int cascade_collapse(void *addr, size_t n);
 /* Make every page of [addr, addr + n) present and writable (MADV_POPULATE_WRITE, else touch without
  * changing bytes; the caller must then be the only writer). addr is page-aligned. */
 int cascade_prefault(void *addr, size_t n);

@@ -12,6 +12,51 @@
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14; older C libraries lack the name */
 #endif
 
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25 /* Linux 6.1 */
+#endif
+
+int cascade_map_shared(int fd, uint64_t nbytes, uint64_t alignment, void **out)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    if (nbytes == 0 || alignment < page || (alignment & (alignment - 1)) != 0 || nbytes > SIZE_MAX - alignment)
+        return -EINVAL;
+    size_t length = (size_t)((nbytes + page - 1) / page * page);
+    size_t reserved = length + (size_t)alignment;
+    /* Address space first, the file over its aligned part; then the ends go back. */
+    uint8_t *base = mmap(NULL, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED)
+        return -errno;
+    uint8_t *start = (uint8_t *)(((uintptr_t)base + alignment - 1) & ~(uintptr_t)(alignment - 1));
+    if (mmap(start, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        int saved = errno;
+        munmap(base, reserved);
+        return -saved;
+    }
+    if (start > base)
+        munmap(base, (size_t)(start - base));
+    if (start + length < base + reserved)
+        munmap(start + length, (size_t)(base + reserved - start - length));
+    /* A core dump of an inference server must not carry gigabytes of other people's prompts. */
+    madvise(start, length, MADV_DONTDUMP);
+    *out = start;
+    return 0;
+}
+
+int cascade_unmap(void *addr, uint64_t nbytes)
+{
+    return munmap(addr, (size_t)nbytes) == 0 ? 0 : -errno;
+}
+
+int cascade_collapse(void *addr, size_t n)
+{
+    int rc;
+    do {
+        rc = madvise(addr, n, MADV_COLLAPSE);
+    } while (rc < 0 && errno == EINTR);
+    return rc == 0 ? 0 : -errno;
+}
+
 int cascade_prefault(void *addr, size_t n)
 {
     if (n == 0)

@@ -11,6 +11,7 @@
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
@@ -146,6 +147,21 @@ static void check_memory(void)
     CHECK(cascade_prefault(memory + 1, PAGE) == -EINVAL);
     CHECK(munmap(memory, n) == 0);
     CHECK(cascade_prefault(memory, n) == -ENOMEM);
+
+    int shared_fd = memfd_create("smoke", MFD_CLOEXEC);
+    CHECK(shared_fd >= 0 && ftruncate(shared_fd, 4 << 20) == 0);
+    void *shared = NULL;
+    CHECK(cascade_map_shared(shared_fd, 4 << 20, 2 << 20, &shared) == 0);
+    CHECK((uintptr_t)shared % (2 << 20) == 0);
+    memset(shared, 5, 4 << 20);
+    int collapsed = cascade_collapse(shared, 4 << 20); /* not every kernel can: then the bytes must not care */
+    CHECK(collapsed == 0 || collapsed == -EINVAL || collapsed == -ENOMEM || collapsed == -EAGAIN || collapsed == -EBUSY);
+    for (size_t i = 0; i < (4 << 20); i += PAGE)
+        CHECK(((unsigned char *)shared)[i] == 5);
+    CHECK(cascade_unmap(shared, 4 << 20) == 0);
+    CHECK(cascade_map_shared(shared_fd, 4 << 20, 3000, &shared) == -EINVAL);
+    close(shared_fd);
+    CHECK(cascade_map_shared(-1, PAGE, PAGE, &shared) == -EBADF);
 
     int event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     CHECK(event_fd >= 0);

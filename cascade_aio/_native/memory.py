@@ -51,6 +51,30 @@ def crc32c(src: Buffer, crc: int = 0) -> int:
     return lib.cascade_crc32c(_from_buffer(src), _length(src), crc)
 
 
+def map_shared(fd: int, nbytes: int, alignment: int) -> memoryview:
+    """Map a file's first ``nbytes`` (shared, writable) at a multiple of ``alignment``; unmapped with its last view.
+
+    Raises ``OSError`` as ``mmap`` does, ``EINVAL`` for an alignment that is no power of two.
+    """
+    out = ffi.new("void **")
+    rc = lib.cascade_map_shared(fd, nbytes, alignment, out)
+    if rc < 0:
+        raise OSError(-rc, f"cannot map {nbytes} bytes of shared memory: {os.strerror(-rc)}")
+    owner = ffi.gc(out[0], lambda address: lib.cascade_unmap(address, nbytes))
+    return memoryview(ffi.buffer(owner, nbytes))
+
+
+def collapse(memory: Buffer) -> None:
+    """Move ``memory`` (whole huge pages, aligned) into huge pages, without changing a byte.
+
+    Raises ``OSError``: ``EINVAL`` where kernel or mapping cannot, ``ENOMEM``, ``EAGAIN``, ``EBUSY`` not now.
+    """
+    nbytes = _length(memory)
+    rc = lib.cascade_collapse(_from_buffer(memory, require_writable=True), nbytes)
+    if rc < 0:
+        raise OSError(-rc, f"cannot put {nbytes} bytes into huge pages: {os.strerror(-rc)}")
+
+
 def prefault(memory: Buffer) -> None:
     """Make every page of writable, page-aligned ``memory`` present, without changing a byte.
 

@@ -236,7 +236,10 @@ class ByteEngine(Protocol):
         """Streaming copy of each ``(destination, source)``, split over the workers when large."""
         ...
 
-    async def prefault(self, memory: memoryview) -> None: ...
+    async def prefault(self, memory: memoryview) -> int:
+        """Make page-aligned ``memory`` present without changing a byte, in huge pages where the system
+        gives them; returns how many bytes are. The caller is its only writer meanwhile."""
+        ...
 
     async def trim_heap(self) -> None:
         """Large temporary memory was freed: return what the C library keeps of it to the system."""

@@ -21,6 +21,7 @@ from cascade_aio.abc.storage import Ingested
 from cascade_aio.errors import ClosedError, ConfigError
 from cascade_aio.io.ingest import chunk_checksums, digest_in_place, ingest
 from cascade_aio.io.pool import WorkerPool
+from cascade_aio.io.populate import populate
 from cascade_aio.io.waiting import Completion
 
 INLINE_BYTES_MAX = 64 << 10
@@ -153,10 +154,12 @@ class ByteWorkers:
         ]
         await self._call_all(_native.copy, parts)
 
-    async def prefault(self, memory: memoryview) -> None:
-        """Make page-aligned ``memory`` present; may be cancelled every ``PREFAULT_BYTES``."""
+    async def prefault(self, memory: memoryview) -> int:
+        """See ``abc.ByteEngine``; may be cancelled every ``PREFAULT_BYTES``. Raises ``OSError`` (ENOMEM, EFAULT)."""
+        huge = 0
         for start in range(0, memory.nbytes, PREFAULT_BYTES):
-            await self._call(_native.prefault, memory[start : start + PREFAULT_BYTES])
+            huge += await self._call(populate, memory[start : start + PREFAULT_BYTES])
+        return huge
 
     async def trim_heap(self) -> None:
         """See ``abc.ByteEngine``."""

@@ -550,8 +550,9 @@ class MemoryEngine:
         for destination, source in pairs:
             destination[:] = source
 
-    async def prefault(self, memory: memoryview) -> None:
+    async def prefault(self, memory: memoryview) -> int:
         await asyncio.sleep(0)
+        return 0
 
     async def trim_heap(self) -> None:
         """Nothing to give back."""

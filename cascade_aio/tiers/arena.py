@@ -19,9 +19,13 @@ import mmap
 import os
 from typing import Protocol
 
+from cascade_aio._native import map_shared
 from cascade_aio.config import format_size
 from cascade_aio.errors import BrokenTierError, ConfigError, TierFullError
 from cascade_aio.io.waiting import call_in_thread
+
+MAPPING_ALIGNMENT = 2 << 20
+"""A huge page of x86-64 and of aarch64 with 4 KiB pages."""
 
 _OPEN_ATTEMPTS_MAX = 8
 """How often the race against an owner that unlinks its file while closing is run again."""
@@ -105,12 +109,8 @@ async def open_arena(path: str, nbytes: int) -> SharedArena:
         for start in range(0, nbytes, _FALLOCATE_STEP_BYTES):
             step = min(_FALLOCATE_STEP_BYTES, nbytes - start)
             await call_in_thread(None, os.posix_fallocate, fd, start, step)
-        mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        arena = SharedArena(path, nbytes, fd, memoryview(mapping))
-        with contextlib.suppress(OSError):  # only where the mount allows huge pages on advice
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        # A core dump of an inference server must not carry gigabytes of other people's prompts.
-        mapping.madvise(mmap.MADV_DONTDUMP)
+        # Aligned, because a page of memory can only be part of a huge page at the same place in it.
+        arena = SharedArena(path, nbytes, fd, map_shared(fd, nbytes, MAPPING_ALIGNMENT))
         return arena
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):

@@ -44,6 +44,8 @@ class ShmTier:
         self._register = register
         self._allocator = ExtentAllocator(granule_bytes=PAGE_BYTES)
         self.capacity_bytes = len(arena.memory)
+        self.huge_bytes = 0
+        """How much of what is ready lies in huge pages: direct I/O is twice as fast there."""
 
     @property
     def ready_bytes(self) -> int:
@@ -69,7 +71,7 @@ class ShmTier:
         memory = self._arena.memory
         while start < self.capacity_bytes:
             nbytes = min(piece_bytes, self.capacity_bytes - start)
-            await self._engine.prefault(memory[start : start + nbytes])
+            self.huge_bytes += await self._engine.prefault(memory[start : start + nbytes])
             self._allocator.add_region(start, nbytes)
             on_room()
             start += nbytes
@@ -96,6 +98,7 @@ class ShmTier:
             "arena": self._arena.description,
             "capacity_bytes": self.capacity_bytes,
             "ready_bytes": allocator.capacity_bytes,
+            "huge_page_bytes": self.huge_bytes,
             "allocated_bytes": allocator.allocated_bytes,
             "free_bytes": allocator.free_bytes,
             "largest_free_bytes": allocator.largest_free_bytes,

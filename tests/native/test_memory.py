@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import crc32c as reference
 import numpy as np
@@ -174,3 +176,41 @@ def test_notify_counts_and_never_blocks() -> None:
     finally:
         os.close(event_fd)
     assert _native.notify_address() != 0
+
+
+def test_shared_mapping_is_aligned_and_lives_as_long_as_a_view(tmp_path: Path) -> None:
+    nbytes = 5 << 20
+    fd = os.open(tmp_path / "shared", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, nbytes)
+    memory = _native.map_shared(fd, nbytes, 2 << 20)
+    assert _native.address_of(memory) % (2 << 20) == 0
+    assert len(memory) == nbytes
+    tail = memory[-10:]
+    tail[:] = b"0123456789"
+    del memory
+    gc.collect()
+    assert bytes(tail) == os.pread(fd, 10, nbytes - 10) == b"0123456789"
+    os.close(fd)
+
+
+def test_a_bad_alignment_is_refused() -> None:
+    with pytest.raises(OSError, match="cannot map"):
+        _native.map_shared(-1, 4096, 3000)
+    with pytest.raises(OSError, match="cannot map"):
+        _native.map_shared(-1, 4096, 4096)
+
+
+def test_collapse_keeps_the_bytes() -> None:
+    size = 2 << 20
+    fd = os.memfd_create("collapse")
+    os.posix_fallocate(fd, 0, 4 * size)
+    memory = _native.map_shared(fd, 4 * size, size)
+    pattern = os.urandom(4096) * (4 * size // 4096)
+    memory[:] = pattern
+    try:
+        _native.collapse(memory)
+    except OSError as error:
+        pytest.skip(f"no huge pages on demand here: {error}")
+    finally:
+        os.close(fd)
+    assert memory == pattern
