@@ -92,6 +92,14 @@ void cascade_copy(void *dst, const void *src, size_t n);
 uint32_t cascade_copy_crc32c(void *dst, const void *src, size_t n, uint32_t crc);
 /* crc32c alone; table-driven where the CPU has no instruction. */
 uint32_t cascade_crc32c(const void *src, size_t n, uint32_t crc);
+/* Whether OpenSSL's SHA-256 was found (once, at the first call). */
+int cascade_sha256_available(void);
+/* Copy key to payload[0:] and value to payload[value_offset:], zero what lies between and behind, and
+ * compute the SHA-256 of key and value (32 bytes into digest) and the crc32c of each chunk_bytes of the
+ * payload (into crcs, the last chunk shorter). A part that is where it belongs already is not copied.
+ * -ENOSYS without OpenSSL, -EINVAL for parts that do not fit, -EIO and -ENOMEM from OpenSSL. */
+int cascade_ingest_sha256(void *payload, size_t payload_bytes, const void *key, size_t key_bytes, const void *value,
+                          size_t value_bytes, size_t value_offset, size_t chunk_bytes, uint32_t *crcs, uint8_t *digest);
 /* Map `nbytes` of the file `fd` shared, readable and writable, at an address that is a multiple of
  * `alignment` (a power of two, at least a page). */
 int cascade_map_shared(int fd, uint64_t nbytes, uint64_t alignment, void **out);

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _cast = ffi.cast
 _from_buffer = ffi.from_buffer
 _uintptr = ffi.typeof("uintptr_t")
+_uint32_array = "uint32_t[]"
 
 
 def address_of(buffer: Buffer) -> int:
@@ -49,6 +50,44 @@ def copy_crc32c(dst: Buffer, src: Buffer, crc: int = 0) -> int:
 def crc32c(src: Buffer, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of ``src``, continuing from ``crc`` as ``zlib.crc32`` does."""
     return lib.cascade_crc32c(_from_buffer(src), _length(src), crc)
+
+
+def sha256_available() -> bool:
+    """Whether ``ingest_sha256`` works here: OpenSSL's library was found."""
+    return bool(lib.cascade_sha256_available())
+
+
+def ingest_sha256(
+    key: Buffer, value: Buffer, payload: Buffer, value_offset: int, chunk_bytes: int
+) -> tuple[bytes, tuple[int, ...]]:
+    """Copy the parts into ``payload``, zero the rest; SHA-256 of both, CRC-32C of each chunk. One call without the GIL.
+
+    A part that is a view of its place in ``payload`` is not copied. Raises ``ValueError`` for parts that do
+    not fit, ``OSError`` (``ENOSYS`` without OpenSSL).
+    """
+    payload_bytes, key_bytes, value_bytes = _length(payload), _length(key), _length(value)
+    if chunk_bytes < 1 or not key_bytes <= value_offset <= payload_bytes - value_bytes:
+        raise ValueError(
+            f"key of {key_bytes} bytes, value of {value_bytes} at {value_offset} do not fit {payload_bytes} bytes"
+        )
+    count = -(-payload_bytes // chunk_bytes)
+    crcs = ffi.new(_uint32_array, max(1, count))
+    digest = bytearray(32)
+    rc = lib.cascade_ingest_sha256(
+        _from_buffer(payload, require_writable=True),
+        payload_bytes,
+        _from_buffer(key),
+        key_bytes,
+        _from_buffer(value),
+        value_bytes,
+        value_offset,
+        chunk_bytes,
+        crcs,
+        _from_buffer(digest, require_writable=True),
+    )
+    if rc < 0:
+        raise OSError(-rc, f"SHA-256 of {key_bytes + value_bytes} bytes failed: {os.strerror(-rc)}")
+    return bytes(digest), tuple(ffi.unpack(crcs, count)) if count else ()
 
 
 def map_shared(fd: int, nbytes: int, alignment: int) -> memoryview:

@@ -1,5 +1,6 @@
 """The byte work of one block, as plain blocking functions: what ``ByteWorkers`` runs in its threads.
 
+SHA-256 is done in one C call (``_native.ingest_sha256``) where OpenSSL's library is found, else here.
 A block is walked in pieces that stay in the cache: each is hashed, then copied with its CRC-32C
 computed in the same pass, so memory is read once. The CRC starts anew at each chunk of the *payload*,
 and covers the gap behind the key and the padding at the end, which are zeroed.
@@ -26,6 +27,8 @@ def ingest(
 ) -> Ingested:
     """``ByteEngine.ingest``, blocking. Raises ``ValueError`` if the parts do not fit ``payload``."""
     check_layout(payload, key.nbytes, value_offset, value.nbytes, chunk_bytes)
+    if digest == "sha256" and _native.sha256_available():
+        return Ingested(*_native.ingest_sha256(key, value, payload, value_offset, chunk_bytes))
     hasher = new_hasher(digest)
     crcs: list[int] = []
     crc = at = 0
@@ -55,6 +58,9 @@ def digest_in_place(
 ) -> Ingested:
     """``ByteEngine.digest``, blocking. Raises ``ValueError`` if the parts do not fit ``payload``."""
     check_layout(payload, key_bytes, value_offset, value_bytes, chunk_bytes)
+    if digest == "sha256" and _native.sha256_available():
+        key, value = payload[:key_bytes], payload[value_offset : value_offset + value_bytes]
+        return Ingested(*_native.ingest_sha256(key, value, payload, value_offset, chunk_bytes))
     hasher = new_hasher(digest)
     crcs: list[int] = []
     crc = at = 0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import random
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
+from unittest import mock
 
 import crc32c
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cascade_aio import _native
 from cascade_aio.abc.storage import Ingested
 from cascade_aio.errors import ClosedError, ConfigError
 from cascade_aio.io import ingest as blocking
@@ -62,12 +65,26 @@ sizes = st.one_of(st.sampled_from(EDGES), st.integers(0, 3 * MIB))
     key_bytes=sizes,
     value_bytes=sizes,
     chunk_bytes=st.sampled_from([PAGE, 3 * PAGE, MIB]),
-    digest=st.sampled_from(["sha256", "blake3"]),
+    kind=st.sampled_from(["sha256 in C", "sha256", "blake3"]),
     shift=st.integers(0, 63),
 )
 def test_ingest_copies_digests_and_checksums(
-    key_bytes: int, value_bytes: int, chunk_bytes: int, digest: str, shift: int
+    key_bytes: int, value_bytes: int, chunk_bytes: int, kind: str, shift: int
 ) -> None:
+    in_c = kind == "sha256 in C"
+    if in_c and not _native.sha256_available():
+        return  # test_the_c_path_is_there tells
+    with mock.patch.object(_native, "sha256_available", return_value=in_c):
+        check_ingest(key_bytes, value_bytes, chunk_bytes, kind.partition(" ")[0], shift)
+
+
+def test_the_c_path_is_there() -> None:
+    if not _native.sha256_available():
+        pytest.skip("no libcrypto.so.3 or .1.1 on this machine: SHA-256 runs through hashlib")
+    assert _native.ingest_sha256(b"", b"", bytearray(0), 0, 4096) == (hashlib.sha256().digest(), ())
+
+
+def check_ingest(key_bytes: int, value_bytes: int, chunk_bytes: int, digest: str, shift: int) -> None:
     key, value = block(key_bytes, value_bytes, key_bytes ^ value_bytes)
     expected_payload, expected = reference(key, value, chunk_bytes, digest)
     value_offset, payload_bytes = layout(key_bytes, value_bytes)
