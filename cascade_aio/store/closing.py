@@ -17,6 +17,7 @@ from cascade_aio.store.context import StoreContext
 async def close_store(context: StoreContext) -> None:
     """See ``Store.aclose``. A cancelled close still closes everything, then raises ``CancelledError``."""
     context.closed = True
+    context.prefaulted.set()  # whoever waits looks again
     gone = ClosedError(f"the store on {context.config.root} was closed while the call waited for room")
     context.room.close(gone)
     context.disk.close_backlog(gone)

@@ -188,6 +188,7 @@ class StoreContext:
         if self.failure is None:
             logger.error("a background task of the store on %s failed", self.config.root, exc_info=error)
             self.failure = error
+            self.prefaulted.set()  # whoever waits looks again
             self.room.close(InternalError(f"a background task of the store on {self.config.root} failed: {error!r}"))
 
     def new_stamp(self, block_id: bytes) -> int:

@@ -230,6 +230,7 @@ class Store:
         """Return once the whole arena is populated. Not needed before anything; benchmarks use it."""
         self._context.check()
         await self._context.prefaulted.wait()
+        self._context.check()
 
     def statistics(self) -> dict[str, Any]:
         """Counters and sizes by tier since opening, JSON-ready. Synchronous, no I/O."""
