@@ -30,7 +30,18 @@ from cascade_aio.model import (
     compute_block_id,
     prefix_keys,
 )
-from cascade_aio.store import Block, BlockInfo, PrefixLookup, Slot, Store, VerifyReport, open_store
+from cascade_aio.store import (
+    Block,
+    BlockInfo,
+    BlockStream,
+    PrefetchHandle,
+    PrefetchProgress,
+    PrefixLookup,
+    Slot,
+    Store,
+    VerifyReport,
+    open_store,
+)
 
 __all__ = [
     "Block",
@@ -38,6 +49,7 @@ __all__ = [
     "BlockInfo",
     "BlockMeta",
     "BlockNotFoundError",
+    "BlockStream",
     "BlockTooLargeError",
     "BrokenTierError",
     "CascadeError",
@@ -48,6 +60,8 @@ __all__ = [
     "InternalError",
     "LeaseError",
     "Namespace",
+    "PrefetchHandle",
+    "PrefetchProgress",
     "PrefixKey",
     "PrefixLookup",
     "ProtocolError",

@@ -13,19 +13,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
-import itertools
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
+from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage, Urgency
 from cascade_aio.core.ranges import ReadRequest, Run, coalesce
 from cascade_aio.errors import BlockNotFoundError, ClosedError, CorruptionError
 from cascade_aio.segments import format as fmt
+from cascade_aio.segments.arrival import Arrival
 from cascade_aio.segments.facts import Location
+from cascade_aio.segments.pieces import PIECE_BYTES_MAX, layered_pieces, plain_pieces
 from cascade_aio.segments.table import SegmentEntry, SegmentTable
 
-RUN_BYTES_MAX = 8 << 20
-"""Neighbours are joined up to this; a larger record is read in pieces of it, side by side."""
+RUN_BYTES_MAX = PIECE_BYTES_MAX
+"""Neighbours are joined up to this; a larger record is read in pieces, side by side."""
+
+LAYERED_BYTES_MIN = 2 << 20
+"""A record from this size on may be read in layered order: below, nothing is gained."""
 
 RUN_REQUESTS_MAX = 256
 """Buffers of one vectored read; the kernel takes 1024."""
@@ -42,6 +46,9 @@ class RecordRead:
     ``SegmentReader.read`` returns. ``outcome`` is then the decoded header, or the exception:
     ``CorruptionError`` (the extent holds garbage), ``BlockNotFoundError`` (the segment has
     vanished), ``OSError``.
+
+    ``arrival`` is told of chunks as they are verified; failures are left to whoever made it.
+    ``layered`` asks for the first bytes of key and value before the rest.
     """
 
     location: Location
@@ -50,6 +57,8 @@ class RecordRead:
     digest: bytes
     key_bytes: int
     value_bytes: int
+    arrival: Arrival | None = None
+    layered: bool = False
     outcome: fmt.RecordHeader | BaseException | None = None
 
 
@@ -69,7 +78,7 @@ class SegmentReader:
         self,
         reads: Sequence[RecordRead],
         *,
-        priority: Priority = Priority.DEMAND,
+        priority: Priority | Urgency = Priority.DEMAND,
         deadline_s: float | None = None,
     ) -> None:
         """Read and verify; sets every ``outcome``. A record may appear once. Raises only ``CancelledError``.
@@ -88,14 +97,14 @@ class SegmentReader:
             for run in runs:
                 tasks.create_task(self._read_run(run, priority, deadline_s))
 
-    async def _read_run(self, run: Run, priority: Priority, deadline_s: float | None) -> None:
+    async def _read_run(self, run: Run, priority: Priority | Urgency, deadline_s: float | None) -> None:
         reads = [_read_of(request) for request in run.requests]
         entry = self._table.get(run.segment)
         try:
             if entry is None:
                 raise FileNotFoundError(errno.ENOENT, "segment was removed")
             async with self._table.opened(run.segment) as file:
-                if run.nbytes > RUN_BYTES_MAX:
+                if run.nbytes > RUN_BYTES_MAX or (reads[0].layered and run.nbytes >= LAYERED_BYTES_MIN):
                     await self._read_large(reads[0], file, entry, priority, deadline_s)
                 else:
                     await self._read_small(reads, run, file, entry, priority, deadline_s)
@@ -113,7 +122,7 @@ class SegmentReader:
         run: Run,
         file: File,
         entry: SegmentEntry,
-        priority: Priority,
+        priority: Priority | Urgency,
         deadline_s: float | None,
     ) -> None:
         """Several neighbours with one request."""
@@ -130,6 +139,8 @@ class SegmentReader:
                 read.outcome = _judged(read, entry, _cut_short(read, entry, read.record_bytes - missing))
             else:
                 read.outcome = _judged(read, entry, _verified(_decode(read, entry), found, entry))
+                if read.arrival is not None and isinstance(read.outcome, fmt.RecordHeader):
+                    read.arrival.verified(read.outcome, 0, len(found))
 
     async def _checksums(self, reads: Sequence[RecordRead]) -> list[tuple[int, ...]]:
         if len(reads) == 1:
@@ -137,32 +148,31 @@ class SegmentReader:
         return list(await _gather([self._engine.checksum(_payload(read), fmt.CHUNK_BYTES) for read in reads]))
 
     async def _read_large(
-        self, read: RecordRead, file: File, entry: SegmentEntry, priority: Priority, deadline_s: float | None
+        self, read: RecordRead, file: File, entry: SegmentEntry, priority: Priority | Urgency, deadline_s: float | None
     ) -> None:
         """One record in pieces side by side; each is checked while others still arrive."""
         start = read.location.page * PAGE_BYTES
-        cuts = [0, *range(read.location.header_pages * PAGE_BYTES + RUN_BYTES_MAX, read.record_bytes, RUN_BYTES_MAX)]
-        cuts.append(read.record_bytes)
+        header_bytes = read.location.header_pages * PAGE_BYTES
+        checked = _Checked(read, entry)
 
-        async def piece(first: int, end: int) -> tuple[int, tuple[int, ...]]:
+        async def piece(first: int, end: int) -> int:
             self.requests += 1
             count = await self._storage.read(
                 file, [read.extent[first:end]], start + first, priority=priority, deadline_s=deadline_s
             )
             self.read_bytes += count
-            if count < end - first:
-                return count, ()
-            return count, await self._engine.checksum(
-                read.extent[max(first, read.location.header_pages * PAGE_BYTES) : end], fmt.CHUNK_BYTES
-            )
+            if count == end - first:
+                payload = read.extent[max(first, header_bytes) : end]
+                checked.take(first, await self._engine.checksum(payload, fmt.CHUNK_BYTES))
+            return count
 
-        pieces = await _gather([piece(first, end) for first, end in itertools.pairwise(cuts)])
-        total = sum(count for count, _ in pieces)
-        if total < read.record_bytes:
-            read.outcome = _judged(read, entry, _cut_short(read, entry, total))
-            return
-        crcs = tuple(crc for _, found in pieces for crc in found)
-        read.outcome = _judged(read, entry, _verified(_decode(read, entry), crcs, entry))
+        if read.layered:
+            pieces = layered_pieces(header_bytes, read.record_bytes, fmt.value_offset_of(read.key_bytes))
+        else:
+            pieces = plain_pieces(header_bytes, read.record_bytes)
+        counts = await _gather([piece(first, end) for first, end in pieces])
+        short = [first + count for (first, end), count in zip(pieces, counts, strict=True) if count < end - first]
+        read.outcome = _judged(read, entry, _cut_short(read, entry, min(short)) if short else checked.outcome())
 
     def statistics(self) -> dict[str, int]:
         return {
@@ -171,6 +181,42 @@ class SegmentReader:
             "read_bytes": self.read_bytes,
             "damaged": self.damaged,
         }
+
+
+class _Checked:
+    """CRCs of one record's pieces, compared with the header's table as soon as that is there."""
+
+    def __init__(self, read: RecordRead, entry: SegmentEntry) -> None:
+        self._read = read
+        self._entry = entry
+        self._header_bytes = read.location.header_pages * PAGE_BYTES
+        self._header: fmt.RecordHeader | CorruptionError | None = None
+        self._crcs: dict[int, tuple[int, ...]] = {}  # by number of the first chunk
+
+    def take(self, first: int, crcs: tuple[int, ...]) -> None:
+        """The piece that starts at byte ``first`` of the record has been read."""
+        chunk = max(0, first - self._header_bytes) // fmt.CHUNK_BYTES
+        self._crcs[chunk] = crcs
+        if first == 0:
+            self._header = _decode(self._read, self._entry)
+            for other, theirs in self._crcs.items():  # what came before the header could not be judged
+                self._tell(other, theirs)
+        else:
+            self._tell(chunk, crcs)
+
+    def _tell(self, chunk: int, crcs: tuple[int, ...]) -> None:
+        """Only what agrees with a header that was checked itself has arrived."""
+        header, arrival = self._header, self._read.arrival
+        if arrival is None or not isinstance(header, fmt.RecordHeader):
+            return
+        if header.chunk_crcs[chunk : chunk + len(crcs)] == crcs:
+            arrival.verified(header, chunk, len(crcs))
+
+    def outcome(self) -> fmt.RecordHeader | CorruptionError:
+        """All pieces are there."""
+        assert self._header is not None, self._read.location
+        crcs = tuple(crc for _, found in sorted(self._crcs.items()) for crc in found)
+        return _verified(self._header, crcs, self._entry)
 
 
 def verify_payload(header: fmt.RecordHeader, crcs: Sequence[int], entry: SegmentEntry) -> CorruptionError | None:

@@ -3,8 +3,21 @@
 from cascade_aio.store.block import Block
 from cascade_aio.store.getting import PrefixLookup
 from cascade_aio.store.opening import open_store
+from cascade_aio.store.prefetching import PrefetchHandle, PrefetchProgress
 from cascade_aio.store.putting import Slot
 from cascade_aio.store.store import BlockInfo, Store
+from cascade_aio.store.streaming import BlockStream
 from cascade_aio.store.verifying import VerifyReport
 
-__all__ = ["Block", "BlockInfo", "PrefixLookup", "Slot", "Store", "VerifyReport", "open_store"]
+__all__ = [
+    "Block",
+    "BlockInfo",
+    "BlockStream",
+    "PrefetchHandle",
+    "PrefetchProgress",
+    "PrefixLookup",
+    "Slot",
+    "Store",
+    "VerifyReport",
+    "open_store",
+]

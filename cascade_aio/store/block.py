@@ -11,23 +11,29 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Generator
+from collections.abc import AsyncIterator, Generator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from cascade_aio.errors import LeaseError
+from cascade_aio.errors import ConfigError, LeaseError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier
 
 if TYPE_CHECKING:
     from cascade_aio.store.catalog import Copy
     from cascade_aio.store.getting import Getter
 
+_PARTS_STEP = 64
+"""Arrays given by ``ready`` between two looks at which of them still live."""
+
 _PASSED_BY = (__name__.partition(".")[0] + ".", "asyncio.")
 """Modules that are never the place where a lease was taken."""
+
+Readiness = Literal["whole", "first-bytes"]
+Part = Literal["key", "value"]
 
 _meta_decoder = msgspec.msgpack.Decoder(BlockMeta)
 
@@ -35,6 +41,13 @@ _meta_decoder = msgspec.msgpack.Decoder(BlockMeta)
 def encode_meta(meta: BlockMeta) -> bytes:
     """The bytes of ``meta`` in a record header."""
     return msgspec.msgpack.encode(meta)
+
+
+def is_early(ready: Readiness) -> bool:
+    """Whether ``ready`` asks for a lease before all bytes are there. Raises ``ConfigError`` for another word."""
+    if ready not in ("whole", "first-bytes"):
+        raise ConfigError(f"ready={ready!r} is unknown; use 'whole' or 'first-bytes'")
+    return ready == "first-bytes"
 
 
 class Lender(Protocol):
@@ -52,7 +65,18 @@ class Lender(Protocol):
 class Block:
     """A leased block. Created by ``store.get``; release it with ``release()`` or ``with block:``."""
 
-    __slots__ = ("__weakref__", "_copy", "_key", "_lender", "_number", "_value", "_views", "_where", "tier")
+    __slots__ = (
+        "__weakref__",
+        "_copy",
+        "_key",
+        "_lender",
+        "_number",
+        "_parts",
+        "_value",
+        "_views",
+        "_where",
+        "tier",
+    )
 
     def __init__(self, copy: Copy, tier: Tier, lender: Lender, number: int, where: str) -> None:
         self._copy: Copy | None = copy
@@ -61,6 +85,7 @@ class Block:
         self._key: npt.NDArray[np.uint8] | None = None
         self._value: npt.NDArray[np.uint8] | None = None
         self._views: list[memoryview] | None = None
+        self._parts: list[weakref.ref[npt.NDArray[np.uint8]]] = []  # given by ``ready``, where they still live
         self._where = where
         self.tier = tier
         """Where the block was found when it was asked for."""
@@ -70,6 +95,20 @@ class Block:
             raise LeaseError(f"this lease was released already (taken at {self._where}); get the block again")
         return self._copy
 
+    def _whole(self) -> Copy:
+        copy = self._leased()
+        if copy.arrival is not None and not copy.arrival.complete:
+            raise LeaseError(
+                f"block {copy.block_id} is still being read (it was got with ready='first-bytes'); "
+                "await block.ready(...) for the bytes you need, or block.ready() for all of them"
+            )
+        return copy
+
+    @property
+    def leased_copy(self) -> Copy:
+        """The copy in the arena, for the store's own parts."""
+        return self._leased()
+
     @property
     def block_id(self) -> BlockId:
         return self._leased().block_id
@@ -78,21 +117,75 @@ class Block:
     def key(self) -> npt.NDArray[np.uint8]:
         """The key part: read-only uint8 array of shape (key_bytes,), in the arena, no copy (DLPack works)."""
         if self._key is None:
-            self._key = self._view(self._leased().key_view())
+            self._key = self._view(self._whole().key_view())
         return self._key
 
     @property
     def value(self) -> npt.NDArray[np.uint8]:
         """The value part, like ``key``; its address is 64-byte aligned."""
         if self._value is None:
-            self._value = self._view(self._leased().value_view())
+            self._value = self._view(self._whole().value_view())
         return self._value
 
     def views(self) -> tuple[memoryview, memoryview]:
         """Key and value as read-only memoryviews. Unlike the arrays they do not keep the memory pinned:
         they must not be used after ``release``."""
-        copy = self._leased()
+        copy = self._whole()
         return copy.key_view(), copy.value_view()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are there and verified; always so but for ``ready="first-bytes"``."""
+        arrival = self._leased().arrival
+        return arrival is None or arrival.complete
+
+    async def ready(
+        self, part: Part | None = None, start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.uint8] | None:
+        """Wait for bytes ``start`` up to ``stop`` (default: the end) of the key or the value, and give them.
+
+        The array is read-only, of shape (stop - start,), in the arena, no copy, every byte verified. Without
+        a ``part``: wait for the whole block, give nothing. Does not suspend for what is there. Raises
+        ``ConfigError`` (a range outside the part), and what the reading of the rest failed with, as ``get``
+        does. May be cancelled.
+        """
+        copy = self._leased()
+        if part is None:
+            await _arrived(copy, 0, copy.value_offset + copy.value_bytes)
+            return None
+        if part not in ("key", "value"):
+            raise ConfigError(f"part={part!r} is unknown; use 'key' or 'value'")
+        size, base = (copy.key_bytes, 0) if part == "key" else (copy.value_bytes, copy.value_offset)
+        stop = size if stop is None else stop
+        if not 0 <= start <= stop <= size:
+            raise ConfigError(f"bytes {start} to {stop} are outside the {part}, which has {size}")
+        await _arrived(copy, base + start, base + stop)
+        self._leased()  # it may have been released meanwhile
+        view = (copy.key_view() if part == "key" else copy.value_view())[start:stop]
+        array = self._view(view)
+        if len(self._parts) % _PARTS_STEP == 0:
+            self._parts = [ref for ref in self._parts if ref() is not None]
+            self._views = [view]  # arrays keep their own views alive
+        self._parts.append(weakref.ref(array))
+        return array
+
+    async def layers(self, count: int) -> AsyncIterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]:
+        """Key and value of each of ``count`` equal layers, in order, each as soon as it has arrived.
+
+        Both parts must be a multiple of ``count`` bytes: else ``ConfigError``. Errors as ``ready``.
+        """
+        copy = self._leased()
+        if count < 1 or copy.key_bytes % count or copy.value_bytes % count:
+            raise ConfigError(
+                f"key and value of {copy.key_bytes} and {copy.value_bytes} bytes are not {count} equal layers"
+            )
+        key_bytes, value_bytes = copy.key_bytes // count, copy.value_bytes // count
+        for layer in range(count):
+            key = await self.ready("key", layer * key_bytes, (layer + 1) * key_bytes)
+            value = await self.ready("value", layer * value_bytes, (layer + 1) * value_bytes)
+            assert key is not None
+            assert value is not None
+            yield key, value
 
     def _view(self, view: memoryview) -> npt.NDArray[np.uint8]:
         if self._views is None:
@@ -124,8 +217,9 @@ class Block:
 
     def _release_views(self, copy: Copy) -> None:
         """Release now if nobody else refers to the arrays, else when the last of them dies."""
-        arrays, views = [self._key, self._value], self._views
+        arrays, views = [self._key, self._value, *(part() for part in self._parts)], self._views
         self._key = self._value = self._views = None
+        self._parts = []
         assert views is not None
         survivors = _Survivors(copy, self._lender, self._number)
         for array in arrays:
@@ -163,6 +257,12 @@ class Block:
         return (
             f"Block({self._copy.block_id}, key={self._copy.key_bytes} B, value={self._copy.value_bytes} B, {self.tier})"
         )
+
+
+async def _arrived(copy: Copy, start: int, stop: int) -> None:
+    """Return once bytes ``start`` up to ``stop`` of the payload may be looked at."""
+    if copy.arrival is not None:
+        await copy.arrival.wait(start, stop)
 
 
 class _Survivors:
@@ -204,23 +304,24 @@ def caller_of_package() -> str:
 class GetRequest:
     """What ``store.get`` returns: ``await`` it for a lease, or ``async with`` it for a scoped one."""
 
-    __slots__ = ("_block", "_getter", "_name")
+    __slots__ = ("_block", "_early", "_getter", "_name")
 
-    def __init__(self, getter: Getter, name: BlockId | PrefixKey | str) -> None:
+    def __init__(self, getter: Getter, name: BlockId | PrefixKey | str, *, early: bool = False) -> None:
         self._getter = getter
         self._name = name
+        self._early = early
         self._block: Block | None = None
 
     def __await__(self) -> Generator[Any, None, Block]:
         block = self._getter.try_hot(self._name)
         if block is None:
-            block = yield from self._getter.load(self._name).__await__()
+            block = yield from self._getter.load(self._name, early=self._early).__await__()
         return block
 
     async def __aenter__(self) -> Block:
         block = self._getter.try_hot(self._name)
         if block is None:
-            block = await self._getter.load(self._name)
+            block = await self._getter.load(self._name, early=self._early)
         self._block = block
         return block
 

@@ -19,6 +19,7 @@ from cascade_aio.core.index import BlockIndex
 from cascade_aio.core.lifecycle import CopyEvent, CopyState, advance
 from cascade_aio.errors import DigestConflictError
 from cascade_aio.model import BLOCK_ID_BYTES, BlockId
+from cascade_aio.segments.arrival import Arrival
 from cascade_aio.segments.facts import Location
 from cascade_aio.segments.format import payload_bytes_of
 from cascade_aio.segments.table import SegmentTable
@@ -29,6 +30,7 @@ class Copy:
     """A sealed copy of a block in the arena. ``holds`` counts those who need its bytes to stay."""
 
     __slots__ = (
+        "arrival",
         "block_id",
         "chunk_crcs",
         "digest",
@@ -79,6 +81,8 @@ class Copy:
         self.state = CopyState.FILLING
         self.used = 0
         """``Catalog.uses`` at the last use: admission, get, end of a lease."""
+        self.arrival: Arrival | None = None
+        """What is there of a copy that is being read, or was not read to its end; ``None``: all of it."""
         self.loading: Callable[[], None] | None = None
         """While it is being read: called when nobody but the reading holds it any more."""
 

@@ -11,24 +11,18 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 
-from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import (
     BlockNotFoundError,
-    CascadeError,
     ClosedError,
     ConfigError,
     CorruptionError,
-    InternalError,
     TierFullError,
 )
 from cascade_aio.model import BLOCK_ID_BYTES, PREFIX_KEY_BYTES, BlockId, PrefixKey, Tier, is_prefix_key
-from cascade_aio.segments.facts import Location
-from cascade_aio.segments.format import RecordHeader
-from cascade_aio.segments.reader import RecordRead
 from cascade_aio.store.block import Block
-from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
-from cascade_aio.tiers.shm import Extent
+from cascade_aio.store.loading import Loader, Waiter
+from cascade_aio.store.room import Claim
 
 _PREFIX_ARENA_SHARE_MAX = 0.9
 """One prefix may pin at most this share of the arena: a longer one ends there instead of waiting for itself."""
@@ -51,17 +45,6 @@ class PrefixLookup:
         return len(self.tiers)
 
 
-class _Load:
-    """A block on its way from disk. ``waiters`` get the copy with one hold each."""
-
-    __slots__ = ("block_id", "task", "waiters")
-
-    def __init__(self, block_id: BlockId) -> None:
-        self.block_id = block_id
-        self.waiters: set[asyncio.Future[Copy]] = set()
-        self.task: asyncio.Task[None] | None = None
-
-
 class Getter:
     """Reads of one store."""
 
@@ -69,16 +52,15 @@ class Getter:
         self._context = context
         self._catalog = context.catalog
         self._hot = context.catalog.hot
-        self._loads: dict[int, _Load] = {}
-        context.catalog.on_forget = self._forget
+        self.loader = Loader(context)
 
     @property
     def loading(self) -> int:
         """Loads in progress."""
-        return len(self._loads)
+        return len(self.loader)
 
     def is_loading(self, row: int) -> bool:
-        return row in self._loads
+        return row in self.loader
 
     # -- names --------------------------------------------------------------------------------
 
@@ -124,19 +106,22 @@ class Getter:
         self._catalog.touch(copy.row)
         return context.desk.lend(copy, Tier.SHM)
 
-    async def load(self, name: BlockId | PrefixKey | str) -> Block:
-        """A lease, reading the block from disk if need be. See ``Store.get`` for the errors."""
+    async def load(self, name: BlockId | PrefixKey | str, *, claim: Claim | None = None, early: bool = False) -> Block:
+        """A lease, reading the block from disk if need be. See ``Store.get`` for the errors.
+
+        ``early``: as soon as its first bytes are there. A ``claim`` says whose room to take first.
+        """
         context = self._context
         context.check()
         context.counters.gets += 1
         row = self.resolve(name)
         self._catalog.touch(row)
-        waiter = self._join(row)
+        waiter = self.loader.join(row, claim=claim, early=early)
         try:
             async with asyncio.timeout(context.config.read_seconds_max):
                 copy = await waiter
         except TimeoutError:
-            self._leave(row, waiter)
+            self.loader.leave(row, waiter)
             context.counters.late_reads += 1
             context.counters.misses += 1
             raise _not_found(
@@ -144,7 +129,7 @@ class Getter:
                 f"its disk read took longer than read_seconds_max={context.config.read_seconds_max:g}; recompute it",
             ) from None
         except BaseException:
-            self._leave(row, waiter)
+            self.loader.leave(row, waiter)
             raise
         context.counters.disk_hits += 1
         try:
@@ -176,12 +161,12 @@ class Getter:
         for row in reversed(rows):  # the last block first: a prefix stays hotter than what follows it
             self._catalog.touch(row)
         context.counters.gets += len(rows)
-        pending: list[tuple[int, Block | asyncio.Future[Copy]]] = []
+        pending: list[tuple[int, Block | Waiter]] = []
         blocks: list[Block] = []
         try:
             for row in rows:
                 copy = self._catalog.copies.get(row)
-                pending.append((row, self._join(row) if copy is None else context.desk.lend(copy, Tier.SHM)))
+                pending.append((row, self.loader.join(row) if copy is None else context.desk.lend(copy, Tier.SHM)))
             await self._collect(pending, blocks)
         except BaseException:
             for block in blocks:
@@ -193,10 +178,10 @@ class Getter:
                     if not item.released:
                         item.release()
                 else:
-                    self._leave(row, item)
+                    self.loader.leave(row, item)
         return blocks
 
-    async def _collect(self, pending: Sequence[tuple[int, Block | asyncio.Future[Copy]]], blocks: list[Block]) -> None:
+    async def _collect(self, pending: Sequence[tuple[int, Block | Waiter]], blocks: list[Block]) -> None:
         """Move what arrives, in order, from ``pending`` to ``blocks``; stop at the first that does not."""
         context = self._context
         try:
@@ -235,151 +220,6 @@ class Getter:
                 break
             rows.append(row)
         return rows
-
-    # -- loads --------------------------------------------------------------------------------
-
-    def prefetch(self, row: int) -> bool:
-        """Start loading ``row`` into the arena if it is only on disk; nobody waits for it. False if nothing to do."""
-        if row in self._catalog.copies or row in self._loads:
-            return False
-        self._start(row)
-        return True
-
-    def _join(self, row: int) -> asyncio.Future[Copy]:
-        """A future of the copy with one hold for the caller, who ends it by release or ``_leave``."""
-        load = self._loads.get(row)
-        if load is None:
-            load = self._start(row)
-        else:
-            self._context.counters.single_flight_joins += 1
-        waiter: asyncio.Future[Copy] = self._context.loop.create_future()
-        load.waiters.add(waiter)
-        return waiter
-
-    def _leave(self, row: int, waiter: asyncio.Future[Copy]) -> None:
-        """The waiter gives up: undo its hold if it was granted; cancel the load if it was the last."""
-        if waiter.done() and not waiter.cancelled():
-            if waiter.exception() is None:
-                self._catalog.release(waiter.result())
-            return
-        load = self._loads.get(row)
-        if load is not None and waiter in load.waiters:
-            load.waiters.discard(waiter)
-            if not load.waiters and load.task is not None:
-                load.task.cancel()
-                del self._loads[row]  # a newcomer starts afresh, the cancelled task drains by itself
-        waiter.cancel()
-
-    def _start(self, row: int) -> _Load:
-        load = self._loads[row] = _Load(self._catalog.index.block_id(row))
-        load.task = self._context.tasks.spawn(self._run(row, load), name=f"cascade-load-{row}")
-        return load
-
-    async def _run(self, row: int, load: _Load) -> None:
-        """The load itself: never raises but on cancellation; the outcome goes to the waiters."""
-        try:
-            copy = await self._bring(row, load)
-        except asyncio.CancelledError:
-            self._settle(row, load, ClosedError("the store was closed while the block was being read"))
-            raise
-        except (CascadeError, OSError) as error:
-            self._settle(row, load, error)
-        except BaseException as error:
-            # Nobody foresaw this: the task scope makes it the store's failure, and nobody is left waiting.
-            self._settle(row, load, InternalError(f"reading a block failed: {error!r}; please report this"))
-            raise
-        else:
-            self._settle(row, load, copy)
-
-    def _settle(self, row: int, load: _Load, outcome: Copy | Exception) -> None:
-        if self._loads.get(row) is load:
-            del self._loads[row]
-        for waiter in load.waiters:
-            if waiter.done():
-                continue
-            if isinstance(outcome, Copy):
-                self._catalog.hold(outcome)
-                waiter.set_result(outcome)
-            else:
-                waiter.set_exception(outcome)
-
-    async def _bring(self, row: int, load: _Load) -> Copy:
-        """The block in the arena. Whatever a read ends with counts only if the block is still where it was read."""
-        context, catalog = self._context, self._catalog
-        while True:
-            present = self._present(row, load)
-            if present is not None:
-                return present
-            location = catalog.index.location(row)
-            assert location is not None, "a row without a copy in the arena has one on disk"
-            digest = catalog.index.digest(row)
-            nbytes = catalog.record_bytes(row, location[2])
-            read = RecordRead(Location(*location), nbytes, memoryview(b""), digest, *catalog.index.lengths(row))
-            extent = await context.room.reserve(nbytes, demand=True, wait_s=context.config.put_wait_seconds_max)
-            kept = False
-            try:
-                failure: CascadeError | OSError | None = None
-                read.extent = extent.memory
-                try:
-                    header = await context.disk.read(read)
-                except (CascadeError, OSError) as error:
-                    failure = error
-                present = self._present(row, load)
-                if present is not None:
-                    return present
-                if failure is None:
-                    copy = _copy_of(header, read, extent)
-                    catalog.admit(copy, row)
-                    kept = True
-                    return copy
-                if catalog.index.location(row) == location:
-                    raise self._judge(row, location[0], failure)
-            finally:
-                if not kept:
-                    context.shm.free(extent)
-                    context.room.freed()
-
-    def _present(self, row: int, load: _Load) -> Copy | None:
-        """The copy if the block was stored again meanwhile. Raises ``BlockNotFoundError`` if it is gone: then
-        the row may be another block's by now."""
-        if self._loads.get(row) is not load:
-            raise _not_found(load.block_id, "it was deleted or evicted before it was read")
-        return self._catalog.copies.get(row)
-
-    def _judge(self, row: int, segment: int, failure: CascadeError | OSError) -> CascadeError | OSError:
-        """What a failed read says about the block: damaged and vanished ones are forgotten, others tried again.
-
-        In a segment that another writer has open, a record may be seen before all of its bytes are
-        there: that is a miss, not damage.
-        """
-        if isinstance(failure, CorruptionError):
-            entry = self._catalog.segments.get(segment)
-            if entry is not None and not entry.own and not entry.sealed:
-                failure = _not_found(self._catalog.index.block_id(row), "its writer has not finished it; recompute it")
-            else:
-                self._context.report_damage(failure)
-        elif isinstance(failure, OSError):
-            self._context.counters.read_errors += 1
-        if isinstance(failure, CorruptionError | BlockNotFoundError):
-            self._catalog.unplace(row)
-        return failure
-
-    def _forget(self, row: int) -> None:
-        """The row is being removed: a load of it must not come back as another block."""
-        self._loads.pop(row, None)
-
-
-def _copy_of(header: RecordHeader, read: RecordRead, extent: Extent) -> Copy:
-    return Copy(
-        extent,
-        header_bytes=read.location.header_pages * PAGE_BYTES,
-        digest=read.digest,
-        key_bytes=read.key_bytes,
-        value_bytes=read.value_bytes,
-        value_offset=header.value_offset,
-        chunk_crcs=header.chunk_crcs,
-        meta=header.meta,
-    )
 
 
 def _not_found(name: object, why: str) -> BlockNotFoundError:

@@ -34,6 +34,7 @@ from cascade_aio.store.closing import run_all
 from cascade_aio.store.context import StoreContext, TaskScope
 from cascade_aio.store.getting import Getter
 from cascade_aio.store.lending import LeaseDesk
+from cascade_aio.store.prefetching import Prefetcher
 from cascade_aio.store.putting import Putter
 from cascade_aio.store.recovering import recover, save_checkpoint
 from cascade_aio.store.space import SpaceKeeper
@@ -167,16 +168,18 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     undo.push(writer.aclose)
     background.spawn(writer.run(), "cascade-segment-writer")
     getter = Getter(context)
+    prefetcher = Prefetcher(context, getter)
     space = SpaceKeeper(context)
     context.on_written = space.check
     undo.push(context.tasks.close)
+    undo.push_sync(prefetcher.close)
     context.tasks.spawn(_prefault(context), "cascade-prefault")
     if config.disk_bytes is not None:
         context.tasks.spawn(space.run(), "cascade-space")
     space.check()
     context.stripe = stripe
     context.closers = undo.steps
-    return Store(context, getter, Putter(context, getter), space)
+    return Store(context, getter, Putter(context, getter), space, prefetcher)
 
 
 async def _stripe(config: StoreConfig, path: str) -> str:

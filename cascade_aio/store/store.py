@@ -7,15 +7,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from cascade_aio.config import parse_size
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier, as_bytes_view
-from cascade_aio.store.block import Block, GetRequest
+from cascade_aio.store.block import Block, GetRequest, Readiness, is_early
 from cascade_aio.store.closing import close_store
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.getting import Getter, PrefixLookup
+from cascade_aio.store.prefetching import Prefetcher, PrefetchHandle, PrefetchPriority
 from cascade_aio.store.putting import Putter, ReserveRequest
 from cascade_aio.store.recovering import refresh
 from cascade_aio.store.space import SpaceKeeper
+from cascade_aio.store.streaming import BlockStream
 from cascade_aio.store.verifying import VerifyReport, verify_root
 
 if TYPE_CHECKING:
@@ -67,13 +70,16 @@ class Store:
     nothing. All raise ``ClosedError`` after ``aclose``.
     """
 
-    def __init__(self, context: StoreContext, getter: Getter, putter: Putter, space: SpaceKeeper) -> None:
+    def __init__(
+        self, context: StoreContext, getter: Getter, putter: Putter, space: SpaceKeeper, prefetcher: Prefetcher
+    ) -> None:
         self._context = context
         self._getter = getter
         self._putter = putter
         self._space = space
+        self._prefetcher = prefetcher
 
-    def get(self, name: BlockId | PrefixKey | str) -> GetRequest:
+    def get(self, name: BlockId | PrefixKey | str, *, ready: Readiness = "whole") -> GetRequest:
         """A lease on a block: ``async with store.get(h) as block`` or ``block = await store.get(h)``.
 
         In the arena: no copy, no suspension, microseconds. On disk: one verified read into the arena,
@@ -81,8 +87,12 @@ class Store:
         ``read_seconds_max``), ``ConfigError`` (malformed name), ``CorruptionError`` (damaged record: it is
         forgotten, put the block again), ``TierFullError`` (arena full of leases and unwritten blocks),
         ``OSError`` (the disk).
+
+        With ``ready="first-bytes"`` the lease is given while the block is still being read, as soon as its
+        header and first bytes are verified: ``await block.ready("key", start, stop)`` and ``block.layers(n)``
+        give its bytes as they arrive, the first of key and value first; errors of the rest come from there.
         """
-        return GetRequest(self._getter, name)
+        return GetRequest(self._getter, name, early=is_early(ready))
 
     def get_prefix(self, keys: Sequence[PrefixKey]) -> PrefixRequest:
         """Leases on the longest cached prefix of ``keys``, in order; a miss is an empty list.
@@ -193,18 +203,49 @@ class Store:
         self._context.merger.facts.bury(block_id, stamp)
         self._context.disk.append_tombstone(block_id, stamp)
 
-    def prefetch(self, names: Sequence[BlockId | PrefixKey]) -> int:
-        """Start promoting blocks from disk to the arena, first name first; returns how many were started.
+    def prefetch(
+        self,
+        keys: Sequence[BlockId | PrefixKey | str],
+        *,
+        priority: PrefetchPriority = "low",
+        deadline_s: float | None = None,
+    ) -> PrefetchHandle:
+        """Promote blocks from disk to the arena, first key first. Returns at once; the handle may be dropped.
 
-        Returns at once and never raises for a block that turns out missing or damaged.
+        Room is taken from free memory and from copies that nobody used since this call and that the policy
+        would evict next, never from hotter ones; what finds none within ``put_wait_seconds_max`` is given
+        up. I/O waits behind that of gets, with "low" also behind writes. What has not landed after
+        ``deadline_s`` seconds is given up. Unknown and damaged blocks are counted, not raised. Raises
+        ``ConfigError`` (a malformed key).
         """
         self._context.check()
-        started = 0
-        for name in names:
-            row = self._getter.find(name)
-            if row >= 0:
-                started += self._getter.prefetch(row)
-        return started
+        return self._prefetcher.prefetch(keys, priority, deadline_s)
+
+    def stream(
+        self,
+        keys: Sequence[BlockId | PrefixKey | str],
+        *,
+        window_bytes: int | str | None = None,
+        priority: PrefetchPriority = "low",
+        keep: bool = False,
+        ready: Readiness = "whole",
+    ) -> BlockStream:
+        """Leases on ``keys`` in order: ``async with store.stream(keys) as blocks: async for block in blocks``.
+
+        While one block is used, the next ones are promoted, as many bytes ahead as measured bandwidth and
+        consumption call for and at most ``window_bytes`` (default: half of the arena; one block in any
+        case). A lease is released when the next is asked for; with ``keep=True`` the caller releases them.
+        ``ready="first-bytes"`` gives blocks that may still be arriving, see ``get``. Ends before the first
+        block that is missing, damaged or finds no room; ``ended_because`` tells. Room as in ``prefetch``, and
+        from what this stream has consumed. Raises ``ConfigError``; iterating raises ``ClosedError``.
+        """
+        self._context.check()
+        early = is_early(ready)
+        size = None if window_bytes is None else parse_size(window_bytes)
+        if size == 0:
+            raise ConfigError("window_bytes=0 is no window; use at least one block's bytes, or leave it out")
+        names = self._prefetcher.checked(keys)
+        return BlockStream(self._prefetcher, names, window_bytes=size, priority=priority, keep=keep, early=early)
 
     def blocks(self) -> Iterator[BlockInfo]:
         """All blocks known now. Do not await while iterating: the store may change under the iterator."""
@@ -262,6 +303,7 @@ class Store:
                 "conflicts": context.merger.conflicts,
                 "recovery": dataclasses.asdict(context.recovery.report),
             },
+            "prefetch": self._prefetcher.statistics(),
             "io": context.platform.storage.statistics(),
             "damage": [str(error) for error in context.damage],
         }

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from cascade_aio.abc.storage import Platform
+from cascade_aio.abc.storage import Platform, Priority, Urgency
 from cascade_aio.config import format_size
 from cascade_aio.core.clock import HybridClock
 from cascade_aio.errors import BrokenTierError, TierFullError
@@ -27,6 +27,15 @@ from cascade_aio.segments.writer import SegmentWriter
 BATCHED_RECORD_BYTES_MAX = 512 << 10
 """Reads of records up to this size that one loop turn asks for are planned together: for small
 records the request costs more than the bytes. Larger ones go alone, so that each ends by itself."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Batch:
+    """Small reads of one loop turn and class; as urgent as the most urgent of them becomes."""
+
+    urgency: Urgency
+    reads: list[RecordRead] = dataclasses.field(default_factory=list)
+    done: asyncio.Task[None] | None = None
 
 
 class DiskTier:
@@ -52,8 +61,7 @@ class DiskTier:
         self._backlog_closed: BaseException | None = None
         self.over_budget: Callable[[], bool] = lambda: False
         """Whether files are over their budget and some are about to be removed: then nothing more is let in."""
-        self._batch: list[RecordRead] = []
-        self._batch_done: asyncio.Task[None] | None = None
+        self._batches: dict[Priority, _Batch] = {}
 
     def stamp(self) -> int:
         """A stamp for a new record, later than all made or seen before."""
@@ -61,42 +69,45 @@ class DiskTier:
 
     # -- reading ------------------------------------------------------------------------------
 
-    async def read(self, read: RecordRead) -> RecordHeader:
+    async def read(self, read: RecordRead, urgency: Urgency) -> RecordHeader:
         """Read one record into its extent and verify it; returns its header.
 
         Raises ``CorruptionError``, ``BlockNotFoundError`` (the segment has vanished), ``OSError``. When this
         returns or raises, also by cancellation, nobody touches the extent any more.
         """
         if read.record_bytes > BATCHED_RECORD_BYTES_MAX:
-            await self.reader.read([read])
+            await self.reader.read([read], priority=urgency)
         else:
-            await self._read_batched(read)
+            await self._read_batched(read, urgency)
         outcome = read.outcome
         if isinstance(outcome, BaseException):
             raise outcome
         assert outcome is not None, read.location
         return outcome
 
-    async def _read_batched(self, read: RecordRead) -> None:
-        """Join the reads of this loop turn. The batch owns all of its extents until its end."""
-        if not self._batch:
-            self._batch_done = asyncio.get_running_loop().create_task(self._run_batch())
-        self._batch.append(read)
-        done = self._batch_done
+    async def _read_batched(self, read: RecordRead, urgency: Urgency) -> None:
+        """Join the reads of this loop turn and class. The batch owns all of its extents until its end."""
+        batch = self._batches.get(urgency.priority)
+        if batch is None:
+            batch = self._batches[urgency.priority] = _Batch(Urgency(urgency.priority))
+            batch.done = asyncio.get_running_loop().create_task(self._run_batch(batch, urgency.priority))
+        batch.reads.append(read)
+        done = batch.done
         assert done is not None
         cancelled: asyncio.CancelledError | None = None
-        while not done.done():
-            try:
-                await asyncio.wait((done,))
-            except asyncio.CancelledError as error:
-                cancelled = error
+        with urgency.watched(batch.urgency.rise):
+            while not done.done():
+                try:
+                    await asyncio.wait((done,))
+                except asyncio.CancelledError as error:
+                    cancelled = error
         if cancelled is not None:
             raise cancelled
         done.result()
 
-    async def _run_batch(self) -> None:
-        batch, self._batch = self._batch, []  # a task starts in the next turn: newcomers make the next batch
-        await self.reader.read(batch)
+    async def _run_batch(self, batch: _Batch, priority: Priority) -> None:
+        del self._batches[priority]  # a task starts in the next turn: newcomers make the next batch
+        await self.reader.read(batch.reads, priority=batch.urgency)
 
     # -- writing ------------------------------------------------------------------------------
 
