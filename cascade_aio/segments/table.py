@@ -2,13 +2,11 @@
 
 The index names a segment by a small local number; the table knows what it stands for. A number is
 never given to another segment while the process lives, so a stale location can miss but never mean
-something else. Descriptors are bounded: the least recently used file that nobody reads is closed.
+something else.
 """
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import contextlib
 import dataclasses
 import posixpath
@@ -16,9 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from cascade_aio.abc.storage import PAGE_BYTES, File, Storage
 from cascade_aio.segments.format import SegmentIdentity
-
-HANDLES_MAX = 256
-"""Files kept open for reading; a quarter of the usual descriptor limit of 1024."""
+from cascade_aio.segments.handles import FileHandles
 
 
 def segment_path(root: str, identity: SegmentIdentity) -> str:
@@ -64,26 +60,15 @@ class SegmentEntry:
         return self.data_end if self.sealed else self.synced_bytes
 
 
-class _Handle:
-    __slots__ = ("file", "readers")
-
-    def __init__(self, file: asyncio.Task[File]) -> None:
-        self.file = file
-        self.readers = 0
-
-
 class SegmentTable:
     """number ↔ segment. Owned by one event loop."""
 
-    def __init__(self, storage: Storage, root: str, *, handles_max: int = HANDLES_MAX) -> None:
-        assert handles_max > 0, handles_max
+    def __init__(self, storage: Storage, root: str, *, handles_max: int | None = None) -> None:
         self.root = root
-        self._storage = storage
-        self._handles_max = handles_max
         self._entries: dict[int, SegmentEntry] = {}
         self._numbers: dict[SegmentIdentity, int] = {}
         self._next_number = 0
-        self._handles: collections.OrderedDict[int, _Handle] = collections.OrderedDict()
+        self._handles = FileHandles(storage, handles_max=handles_max)
 
     def add(self, identity: SegmentIdentity, *, own: bool) -> SegmentEntry:
         """The entry of a segment, made if there is none. Numbers count up from 0 in order of addition."""
@@ -118,39 +103,16 @@ class SegmentTable:
         """Drop a vanished segment; its file is closed once nobody reads it."""
         entry = self._entries.pop(number)
         del self._numbers[entry.identity]
-        handle = self._handles.get(number)
-        if handle is not None and not handle.readers:
-            del self._handles[number]
-            await _close(handle)
+        await self._handles.forget(number)
 
     @contextlib.asynccontextmanager
     async def opened(self, number: int) -> AsyncIterator[File]:
         """The segment's file, open for reading for the length of the scope. ``OSError`` as from ``open``."""
-        handle = self._handles.get(number)
-        if handle is None:
-            entry = self._entries.get(number)
-            if entry is None:
-                raise FileNotFoundError(f"segment {number} is gone")
-            handle = _Handle(asyncio.ensure_future(self._storage.open(entry.path)))
-            self._handles[number] = handle
-        handle.readers += 1
-        try:
-            self._handles.move_to_end(number)
-            yield await asyncio.shield(handle.file)
-        finally:
-            handle.readers -= 1
-            await self._trim(number, handle)
-
-    async def _trim(self, number: int, handle: _Handle) -> None:
-        failed = handle.file.done() and (handle.file.cancelled() or handle.file.exception() is not None)
-        if self._handles.get(number) is handle and not handle.readers and (failed or number not in self._entries):
-            del self._handles[number]
-            await _close(handle)
-        excess = len(self._handles) - self._handles_max
-        if excess > 0:
-            idle = [n for n, other in self._handles.items() if not other.readers][:excess]
-            for other in [self._handles.pop(n) for n in idle]:
-                await _close(other)
+        entry = self._entries.get(number)
+        if entry is None:
+            raise FileNotFoundError(f"segment {number} is gone")
+        async with self._handles.opened(number, entry.path) as file:
+            yield file
 
     @property
     def open_handles(self) -> int:
@@ -158,12 +120,4 @@ class SegmentTable:
 
     async def aclose(self) -> None:
         """Close every file. Readers must be gone."""
-        while self._handles:
-            _, handle = self._handles.popitem()
-            await _close(handle)
-
-
-async def _close(handle: _Handle) -> None:
-    (file,) = await asyncio.gather(handle.file, return_exceptions=True)
-    if not isinstance(file, BaseException):
-        await file.close()
+        await self._handles.aclose()
