@@ -42,7 +42,7 @@ def _shapes() -> npt.NDArray[np.int64]:
 
 
 _SHAPE_OF_CLASS = _shapes()
-_IN_SHAPE = (_SHAPE_OF_CLASS == np.arange(2 * SHAPE_USES)[:, None]).astype(np.float64)
+_IN_SHAPE = (np.arange(2 * SHAPE_USES)[:, None] == _SHAPE_OF_CLASS).astype(np.float64)
 assert USES_MAX >= SHAPE_USES
 
 
@@ -62,7 +62,8 @@ def hazards(reused: Table, unused: Table) -> Table:
     shapes = _smooth((shape_reused + POOL_LIVES * factor[:, None] * pool) / (shape_at_risk + POOL_LIVES))
     own = shapes[_SHAPE_OF_CLASS]
     factor = (reused.sum(axis=1) + FACTOR_REUSES) / ((at_risk * own).sum(axis=1) + FACTOR_REUSES)
-    return np.minimum(own * factor[:, None], HAZARD_MAX)
+    hazard: Table = np.minimum(own * factor[:, None], HAZARD_MAX)
+    return hazard
 
 
 def densities(hazard: Table) -> Table:
@@ -85,7 +86,8 @@ def eviction_order(density: Table) -> npt.NDArray[np.int64]:
 
 
 def _smooth(hazard: Table) -> Table:
-    """Each bucket with half of its weight from its neighbours: ages are cut where no reuse ever was."""
-    padded = np.concatenate([hazard[..., :1], hazard, hazard[..., -1:]], axis=-1)
-    smoothed: Table = 0.25 * padded[..., :-2] + 0.5 * hazard + 0.25 * padded[..., 2:]
+    """Each bucket's hazard per event with half of its weight from its neighbours: the bounds of ages are ours."""
+    rate = hazard / AGE_WIDTHS
+    padded = np.concatenate([rate[..., :1], rate, rate[..., -1:]], axis=-1)
+    smoothed: Table = (0.25 * padded[..., :-2] + 0.5 * rate + 0.25 * padded[..., 2:]) * AGE_WIDTHS
     return smoothed

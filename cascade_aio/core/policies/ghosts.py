@@ -7,7 +7,7 @@ made. It must not know policies, nodes or time.
 
 from __future__ import annotations
 
-from array import array
+import numpy as np
 
 ENTRY_BYTES = 8
 ENTRIES_MIN = 1 << 16
@@ -30,7 +30,8 @@ class GhostTable:
     def __init__(self, entries: int = ENTRIES_MIN) -> None:
         bounded = min(max(entries, 1), ENTRIES_MAX)
         self._mask = (1 << (bounded - 1).bit_length()) - 1
-        self._table = array("Q", bytes((self._mask + 1) * ENTRY_BYTES))
+        # Zeroed by the kernel page by page as it is used: a table of 64 MiB takes no time to make.
+        self._table = memoryview(np.zeros(self._mask + 1, dtype=np.uint64))
 
     def put(self, hashed: int, uses: int, turn: int) -> None:
         """Remember ``uses`` (at least 1) and ``turn``, both at most ``COUNT_MAX``."""
@@ -43,6 +44,13 @@ class GhostTable:
         if not entry or (entry ^ hashed) & _TAG_MASK:
             return (0, 0)
         self._table[place] = 0
+        return entry >> _COUNT_BITS & COUNT_MAX, entry & COUNT_MAX
+
+    def look(self, hashed: int) -> tuple[int, int]:
+        """Like ``take``, and the block stays remembered."""
+        entry = self._table[hashed & self._mask]
+        if not entry or (entry ^ hashed) & _TAG_MASK:
+            return (0, 0)
         return entry >> _COUNT_BITS & COUNT_MAX, entry & COUNT_MAX
 
     def __len__(self) -> int:

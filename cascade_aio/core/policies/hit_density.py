@@ -18,11 +18,9 @@ from __future__ import annotations
 
 from array import array
 
-import numpy as np
-
-from cascade_aio.core.policies.ages import AGES, CLASS_OF_TURN, CLASS_OF_USES, CLASSES
+from cascade_aio.core.policies.ages import CLASS_OF_TURN, CLASS_OF_USES
 from cascade_aio.core.policies.density import densities, eviction_order, hazards
-from cascade_aio.core.policies.ghosts import COUNT_MAX, ENTRIES_MIN, GhostTable
+from cascade_aio.core.policies.ghosts import COUNT_MAX, ENTRIES_MAX, ENTRIES_MIN, GhostTable
 from cascade_aio.core.policies.queues import NODE_BYTES as QUEUE_NODE_BYTES
 from cascade_aio.core.policies.queues import AgedQueues
 from cascade_aio.core.policies.reuse import ReuseSample
@@ -31,7 +29,8 @@ NODES_MAX = 1 << 26
 """Largest node number: a wild row number must not allocate columns for billions of nodes."""
 CYCLE_STEPS_MAX = 4096
 """Ancestors looked at when a parent arrives after its children; a longer chain is not followed."""
-GHOSTS_PER_NODE = 4
+GHOSTS_PER_NODE = 2
+"""At least; up to twice as many, as the table has a power of two."""
 HORIZON_TURNOVERS = 16
 """A block unused for this many times the resident nodes' uses is given up as not coming back."""
 HORIZON_EVENTS_MIN = 1 << 16
@@ -162,6 +161,15 @@ class HitDensity:
         slot = self._queues.first()
         return slot - 1 if slot else None
 
+    def would_stay(self, *, parent: int = -1, identity: int | None = None) -> bool:
+        """Admission: whether a block, used now and admitted with these arguments, would be worth more
+        than what would be evicted for it. Changes nothing; in a tier with room the answer is of no use."""
+        above = parent + 1
+        uses, turn = (0, 0) if identity is None else self._ghosts.look(_mix(identity))
+        turn = turn or (self._next_turn(above) if above < len(self._flags) else 1)
+        kind = CLASS_OF_USES[min(uses + 1, COUNT_MAX)] + CLASS_OF_TURN[turn]
+        return self._queues.is_above_first(kind)
+
     def __contains__(self, node: int) -> bool:
         return 0 <= node < len(self._flags) - 1 and bool(self._flags[node + 1] & _RESIDENT)
 
@@ -232,7 +240,7 @@ class HitDensity:
         self._queues.advance(now)
         if now >= self._fit_at:
             self._fit()
-        if self._resident * GHOSTS_PER_NODE > len(self._ghosts):
+        if len(self._ghosts) < min(self._resident * GHOSTS_PER_NODE, ENTRIES_MAX):
             # Moving the entries would stop the loop; a tier that still grows has hardly evicted.
             self._ghosts = GhostTable(2 * len(self._ghosts))
 
@@ -258,6 +266,3 @@ def _mix(identity: int) -> int:
     """Spread an identity over 64 bits: callers may give counters, tables want hashes."""
     mixed = (identity * _MIX) & _U64
     return mixed ^ mixed >> 32
-
-
-assert CLASSES * AGES < np.iinfo(np.uint16).max

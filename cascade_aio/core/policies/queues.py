@@ -25,6 +25,7 @@ NODE_BYTES = 18
 """Memory per node: tick, two links and the queue number."""
 
 _QUEUES = CLASSES * AGES
+assert _QUEUES < 1 << 16, "a queue number has two bytes"
 
 
 class AgedQueues:
@@ -100,6 +101,11 @@ class AgedQueues:
         if not waiting:
             return 0
         return self._heads[self._order[(waiting & -waiting).bit_length() - 1]]
+
+    def is_above_first(self, kind: int) -> bool:
+        """Whether a node of class ``kind``, used now, would be in a denser queue than the next to go."""
+        waiting = self._waiting
+        return not waiting or self._rank[kind * AGES] > (waiting & -waiting).bit_length() - 1
 
     def advance(self, now: int) -> None:
         """Move nodes that have grown older to the queues of their age, at most ``MOVES_MAX``."""
