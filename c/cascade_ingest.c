@@ -108,6 +108,17 @@ static void zero_until(struct progress *to, size_t end)
     }
 }
 
+void cascade_crc32c_chunks(const void *src, size_t n, size_t chunk_bytes, uint32_t *crcs)
+{
+    const uint8_t *from = src;
+    for (; n > 0; crcs++) {
+        size_t chunk = n < chunk_bytes ? n : chunk_bytes;
+        *crcs = cascade_crc32c(from, chunk, 0);
+        from += chunk;
+        n -= chunk;
+    }
+}
+
 int cascade_ingest_sha256(void *payload, size_t payload_bytes, const void *key, size_t key_bytes, const void *value,
                           size_t value_bytes, size_t value_offset, size_t chunk_bytes, uint32_t *crcs, uint8_t *digest)
 {

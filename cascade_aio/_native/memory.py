@@ -52,6 +52,22 @@ def crc32c(src: Buffer, crc: int = 0) -> int:
     return lib.cascade_crc32c(_from_buffer(src), _length(src), crc)
 
 
+def crc32c_chunks(src: Buffer, chunk_bytes: int) -> tuple[int, ...]:
+    """CRC-32C of each ``chunk_bytes`` of ``src``, the last chunk shorter: one call without the GIL.
+
+    Raises ``ValueError`` for a chunk of less than one byte.
+    """
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes={chunk_bytes} must be at least 1")
+    nbytes = _length(src)
+    count = -(-nbytes // chunk_bytes)
+    if not count:
+        return ()
+    crcs = ffi.new(_uint32_array, count)
+    lib.cascade_crc32c_chunks(_from_buffer(src), nbytes, chunk_bytes, crcs)
+    return tuple(ffi.unpack(crcs, count))
+
+
 def sha256_available() -> bool:
     """Whether ``ingest_sha256`` works here: OpenSSL's library was found."""
     return bool(lib.cascade_sha256_available())

@@ -84,7 +84,7 @@ def digest_in_place(
 
 def chunk_checksums(payload: memoryview, chunk_bytes: int) -> tuple[int, ...]:
     """CRC-32C of each chunk, the last one shorter."""
-    return tuple(_native.crc32c(payload[at : at + chunk_bytes]) for at in range(0, payload.nbytes, chunk_bytes))
+    return _native.crc32c_chunks(payload, chunk_bytes)
 
 
 def check_layout(payload: memoryview, key_bytes: int, value_offset: int, value_bytes: int, chunk_bytes: int) -> None:

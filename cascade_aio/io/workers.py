@@ -31,7 +31,8 @@ COPY_INLINE_BYTES_MAX = 256 << 10
 """Copies and checksums are far faster than digests: 256 KiB out of the cache takes less than 50 us."""
 
 SPLIT_BYTES = 4 << 20
-"""Copies and checksums are split into jobs of this size: half a millisecond each, enough to share them out."""
+"""Copies and checksums are shared out to the workers in parts of at least this size, one for each worker: a part
+more is two handoffs of the GIL more, and half a millisecond of work is worth them."""
 
 PREFAULT_BYTES = 32 << 20
 """Memory made present between two looks at cancellation: 10 to 150 ms."""
@@ -132,7 +133,7 @@ class ByteWorkers:
         if payload.nbytes <= COPY_INLINE_BYTES_MAX:
             self._check_open()
             return chunk_checksums(payload, chunk_bytes)
-        step = max(1, SPLIT_BYTES // chunk_bytes) * chunk_bytes
+        step = -(-self._share_bytes(payload.nbytes) // chunk_bytes) * chunk_bytes
         parts = [(payload[start : start + step], chunk_bytes) for start in range(0, payload.nbytes, step)]
         found = await self._call_all(chunk_checksums, parts)
         return tuple(crc for crcs in found for crc in crcs)
@@ -147,12 +148,8 @@ class ByteWorkers:
             for pair in pairs:
                 _native.copy(*pair)
             return
-        parts = [
-            (destination[start : start + SPLIT_BYTES], source[start : start + SPLIT_BYTES])
-            for destination, source in pairs
-            for start in range(0, source.nbytes, SPLIT_BYTES)
-        ]
-        await self._call_all(_native.copy, parts)
+        total = sum(source.nbytes for _, source in pairs)
+        await self._call_all(_copy_all, [(part,) for part in _shares(pairs, self._share_bytes(total))])
 
     async def prefault(self, memory: memoryview) -> int:
         """See ``abc.ByteEngine``; may be cancelled every ``PREFAULT_BYTES``. Raises ``OSError`` (ENOMEM, EFAULT)."""
@@ -178,6 +175,10 @@ class ByteWorkers:
         await self._pool.aclose()
         if cancelled is not None:
             raise cancelled
+
+    def _share_bytes(self, nbytes: int) -> int:
+        """How much of ``nbytes`` one worker takes."""
+        return max(SPLIT_BYTES, -(-nbytes // max(1, self.threads)))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -224,3 +225,27 @@ class ByteWorkers:
             call.finish()
         if not self._calls:
             self._idle.set()
+
+
+def _shares(
+    pairs: Sequence[tuple[memoryview, memoryview]], share_bytes: int
+) -> list[list[tuple[memoryview, memoryview]]]:
+    """``pairs`` cut into lists of at most ``share_bytes`` each, in order."""
+    shares: list[list[tuple[memoryview, memoryview]]] = [[]]
+    room = share_bytes
+    for destination, source in pairs:
+        start = 0
+        while start < source.nbytes:
+            if not room:
+                shares.append([])
+                room = share_bytes
+            step = min(room, source.nbytes - start)
+            shares[-1].append((destination[start : start + step], source[start : start + step]))
+            start += step
+            room -= step
+    return shares
+
+
+def _copy_all(pairs: Sequence[tuple[memoryview, memoryview]]) -> None:
+    for destination, source in pairs:
+        _native.copy(destination, source)
