@@ -111,8 +111,7 @@ async def make_many_segments(root: Path, count: int) -> list[Any]:
     return some
 
 
-@pytest.mark.parametrize("checkpoint", [True, False])
-@pytest.mark.parametrize("io_backend", ["auto", "threads"])
+@pytest.mark.parametrize(("io_backend", "checkpoint"), [("auto", False), ("threads", True)])
 def test_few_file_descriptors_and_many_segments(
     child: Child, tmp_path: Path, io_backend: str, checkpoint: bool
 ) -> None:
