@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -399,7 +400,9 @@ def test_another_event_loop_is_refused(tmp_path: Path, arena: str) -> None:
     ],
     ids=["file", "foreign-directory", "foreign-json", "no-json"],
 )
-async def test_a_root_that_is_no_store(open_small: OpenStore, tmp_path: Path, prepare, arena: str) -> None:
+async def test_a_root_that_is_no_store(
+    open_small: OpenStore, tmp_path: Path, prepare: Callable[[Path], object], arena: str
+) -> None:
     prepare(tmp_path / "kv")
     with pytest.raises(ConfigError, match="kv"):
         async with open_small():
