@@ -206,9 +206,8 @@ class PrefetchPlanner:
         self._idle(now_s)
         if not self._streaming:
             return self._advance(now_s)
-        self._end = min(self._end, position + 1)
-        if self._head is not None and self._head[0] > position:
-            self._head = None
+        self._end = self._cursor = position + 1  # from there it goes on, should it be had after all
+        self._head = None
         return self._forget_from(position + 1)
 
     def refused(self, position: int, now_s: float) -> list[Action]:

@@ -8,6 +8,7 @@ the account. Belongs to one event loop. Must not know: where bytes lie, who wait
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable
 
 from cascade_aio.segments.format import CHUNK_BYTES, RecordHeader
@@ -59,7 +60,7 @@ class Arrival:
         """
         while not self.has(start, stop):
             if self._failure is not None:
-                raise self._failure
+                raise copy.copy(self._failure)  # each its own: a traceback keeps the frames of whoever it passed
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:

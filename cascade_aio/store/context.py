@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from copy import copy as copied
 from typing import Any, TypeVar
 
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
@@ -266,7 +267,7 @@ class StoreContext:
 
     def report_damage(self, error: CorruptionError) -> None:
         self.counters.damaged += 1
-        self.damage.append(error)
+        self.damage.append(copied(error))  # not the one that is raised: its traceback would pin what readers hold
         logger.warning("damaged record: %s", error)
 
     def explain_arena(self) -> str:

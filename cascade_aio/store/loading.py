@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from copy import copy as copied
 
 from cascade_aio.abc.storage import PAGE_BYTES, Priority, Urgency
 from cascade_aio.errors import BlockNotFoundError, CascadeError, ClosedError, CorruptionError, InternalError
@@ -148,7 +149,7 @@ class Loader:
                 self._catalog.hold(outcome)
                 waiter.set_result(outcome)
             else:
-                waiter.set_exception(outcome)
+                waiter.set_exception(copied(outcome))  # each its own: tracebacks keep frames, frames keep arrays
 
     async def _bring(self, row: int, load: _Load) -> Copy:
         """The block in the arena. Whatever a read ends with counts only if the block is still where it was read."""

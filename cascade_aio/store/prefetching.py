@@ -99,6 +99,8 @@ class Pump:
         self._brought: set[int] = set()
         self._consumed: collections.deque[tuple[Copy, int]] = collections.deque(maxlen=CONSUMED_MAX)
         self._step_scheduled = False
+        self.errors: dict[int, BaseException] = {}
+        """What loads of a stream ended with: a damaged block is forgotten, so a later get finds it missing only."""
 
     def _bounds(self, window_bytes: int | None) -> WindowBounds:
         most = self._catalog.shm.capacity_bytes // WINDOW_ARENA_PART if window_bytes is None else window_bytes
@@ -203,10 +205,11 @@ class Pump:
         elif isinstance(error, TierFullError) and not isinstance(error, BlockTooLargeError):
             self._perform(self.planner.refused(position, now_s))
             if not self._streaming:  # nobody will tell it when to go on
-                self.progress.refused += self.progress.pending - len(self._bringing)
+                self.progress.refused += self.progress.pending
                 self.stop()
         else:
             self.progress.failed += 1
+            self.errors[position] = error
             self._perform(self.planner.failed(position, now_s))
         self.advance()
 

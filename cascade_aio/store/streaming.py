@@ -96,7 +96,11 @@ class BlockStream:
         try:
             block = await self._take(self._names[self._position])
         except BlockNotFoundError as error:
-            self._end("missing", error)
+            before = self._pump.errors.get(self._position)
+            if isinstance(before, CorruptionError):  # damaged blocks are forgotten once that is known
+                self._end("damaged", before)
+            else:
+                self._end("missing", error)
         except CorruptionError as error:
             self._end("damaged", error)
         except TierFullError as error:
