@@ -132,6 +132,8 @@ class TestLearning:
         while (node := policy.victim()) is not None and node != tier.rows[session]:
             policy.remove(node)
         policy.remove(tier.rows[session])
+        policy.admit(5000, nbytes=BLOCK_BYTES, identity=99_999_999)
+        assert policy.victim() == 5000
         assert policy.would_stay(identity=session)
 
     def test_two_uses_without_another_between_are_one(self) -> None:

@@ -21,11 +21,11 @@ from cascade_aio.core.policies.ages import AGE_CENTRES, AGE_WIDTHS, AGES, CLASSE
 
 Table = npt.NDArray[np.float64]
 
-POOL_LIVES = 200.0
-"""Lives (per age) that the power law weighs against all blocks, and all blocks against a shape."""
-FACTOR_REUSES = 20.0
-"""Reuses that a shape weighs against a class: lives come in bunches (a turn's blocks return together),
-so twenty reuses are often one turn."""
+POOL_LIVES = 800.0
+"""Lives (per age) that the power law weighs against all blocks, and all blocks against a shape: lives
+come in bunches (the blocks of a turn return together), so these are some thirty turns."""
+FACTOR_REUSES = 60.0
+"""Reuses that a shape weighs against a class: two or three turns."""
 PRIOR_HAZARD = 0.3
 """Probability of reuse per doubling of age before anything is known; only its constancy matters."""
 HAZARD_MAX = 0.9
