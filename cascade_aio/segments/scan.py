@@ -174,8 +174,8 @@ async def check_payload(
 
 async def verify_records(
     storage: Storage, engine: ByteEngine, file: File, entry: SegmentEntry, *, end: int
-) -> AsyncIterator[tuple[fmt.RecordHeader | None, CorruptionError | None]]:
-    """Every record of a segment with the damage found in it, and every gap as damage without a header.
+) -> AsyncIterator[tuple[fmt.RecordHeader | Gap, CorruptionError | None]]:
+    """Every record of a segment with the damage found in it, and every gap, which is damage.
 
     Reads everything up to ``end``, through one buffer of ``VERIFY_BYTES``. Neither trailing zeros are damage
     nor what another writer has not made durable yet.
@@ -187,4 +187,4 @@ async def verify_records(
             if error is None or entry.own or item.end <= entry.firm_end:
                 yield item, error
         elif entry.sealed or (item.followed and (entry.own or item.offset < entry.firm_end)):
-            yield None, CorruptionError(item.reason, path=entry.path, segment=entry.name, offset=item.offset)
+            yield item, CorruptionError(item.reason, path=entry.path, segment=entry.name, offset=item.offset)

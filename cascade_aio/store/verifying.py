@@ -7,9 +7,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
+from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import CorruptionError
-from cascade_aio.segments.format import BLOCK
-from cascade_aio.segments.scan import verify_records
+from cascade_aio.segments.format import BLOCK, RecordHeader
+from cascade_aio.segments.scan import Gap, verify_records
 from cascade_aio.segments.table import SegmentEntry
 from cascade_aio.store.context import StoreContext
 
@@ -63,15 +64,35 @@ async def _verify_segment(
             async with context.disk.table.opened(entry.number) as file:
                 records = verify_records(storage, engine, file, entry, end=entry.data_end)
                 async with contextlib.aclosing(records):  # type: ignore[type-var]
-                    async for header, error in records:
+                    async for item, error in records:
+                        nbytes = item.nbytes if isinstance(item, Gap) else item.record_bytes
                         if error is not None:
                             progress.damage.append(error)
-                        elif header is not None and header.kind == BLOCK:
+                            _distrust(context, entry, item.offset, item.offset + nbytes)
+                        elif isinstance(item, RecordHeader) and item.kind == BLOCK:
                             progress.blocks += 1
-                            progress.bytes += header.key_bytes + header.value_bytes
-                        progress.advance(0 if header is None else header.record_bytes)
+                            progress.bytes += item.key_bytes + item.value_bytes
+                        progress.advance(nbytes)
         except FileNotFoundError:
             return
         except OSError as error:
             reason = f"segment cannot be opened ({error.strerror})"
             progress.damage.append(CorruptionError(reason, path=entry.path, segment=entry.name))
+
+
+def _distrust(context: StoreContext, entry: SegmentEntry, start: int, end: int) -> None:
+    """Records that begin in this range are not what was written: nothing may rely on them any more.
+
+    A block that the arena has as well is written again; another is forgotten, so that whoever has its
+    bytes stores them anew instead of being told that they are there.
+    """
+    catalog = context.catalog
+    for row in catalog.index.rows_in_segment(entry.number).tolist():
+        location = catalog.index.location(row)
+        if location is None or not start <= location[1] * PAGE_BYTES < end:
+            continue
+        copy = catalog.copies.get(row)
+        if copy is not None:
+            context.append_again(copy)
+        else:
+            catalog.unplace(row)

@@ -342,3 +342,32 @@ async def test_an_unreadable_segment_is_reported(world: tuple[str, World], place
         seen = await look(store, damaged)
         assert seen.lost
         assert any(str(segment) in report for report in seen.reports)
+
+
+@pytest.mark.parametrize("what", ["header", "payload"])
+@pytest.mark.parametrize("warm", [False, True])
+async def test_what_verify_found_damaged_is_not_relied_on(
+    world: tuple[str, World], place: Path, what: str, warm: bool
+) -> None:
+    """Nobody had asked for the block: putting it again stores it, and a copy in the arena is written anew."""
+    _, pristine = world
+    damaged = pristine.copy(place / "kv")
+    path = damaged.only("writers/*/*.seg")
+    block = damaged.blocks[2]
+    (record,) = [record for record in walk(path) if record.header.digest[:16] == block.block_id]
+    bit = 8 * (record.header.offset + (100 if what == "header" else PAGE_BYTES + 50_000))
+    if not warm:
+        flip(path, bit)
+    async with open_at(damaged.root) as store:
+        if warm:
+            async with store.get(block.block_id):
+                flip(path, bit)
+        report = await store.verify()
+        told = [*report.damage, *store.statistics()["damage"]]  # a header in an open segment is told at opening
+        assert any(str(path) in str(error) for error in told)
+        if not warm:
+            assert await store.put(block.key, block.value) == block.block_id
+        await store.flush()
+    for _ in range(2):
+        async with open_at(damaged.root) as store, store.get(block.block_id) as found:
+            assert (bytes(found.key), bytes(found.value)) == (block.key, block.value)
