@@ -133,8 +133,8 @@ class HitDensity:
             self._queues.put_back(slot, self._class(slot), self._now)
 
     def remove(self, node: int) -> None:
-        assert node in self, f"node {node} is not in the tier"
         slot = node + 1
+        assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
         assert not self._pins[slot], f"node {node} is pinned"
         self._resident -= 1
         self._admitted_bytes -= self._nbytes[slot]
