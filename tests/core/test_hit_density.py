@@ -17,6 +17,7 @@ from cascade_aio.core.policies.density import densities, eviction_order, hazards
 from cascade_aio.core.policies.ghosts import COUNT_MAX, GhostTable
 from cascade_aio.core.policies.hit_density import NODE_BYTES
 from cascade_aio.core.policies.reuse import ReuseSample
+from cascade_aio.core.replay import ReplayTrace, replay
 from cascade_aio.testing.eviction import BLOCK_BYTES, EvictionConformance
 
 _MIX = 0x9E37_79B9_7F4A_7C15
@@ -71,6 +72,17 @@ class _Tier:
                 self.policy.remove(victim)
                 self.free.append(victim)
                 del self.rows[self.names.pop(victim)]
+
+
+class _Renamed(HitDensity):
+    """Gives blocks the names they have elsewhere."""
+
+    def __init__(self, names: dict[int, int]) -> None:
+        super().__init__()
+        self._names = names
+
+    def admit(self, node: int, *, parent: int = -1, nbytes: int, identity: int | None = None) -> None:
+        super().admit(node, parent=parent, nbytes=nbytes, identity=self._names[node])
 
 
 def _scan_and_sessions(*, requests: int, seed: int) -> list[list[int]]:
@@ -135,6 +147,19 @@ class TestLearning:
         policy.admit(5000, nbytes=BLOCK_BYTES, identity=99_999_999)
         assert policy.victim() == 5000
         assert policy.would_stay(identity=session)
+
+    def test_row_numbers_do_not_matter(self) -> None:
+        """Rows that are reused, as in a store, and rows of their own give the same hits."""
+        requests = _scan_and_sessions(requests=1500, seed=9)
+        tier = _Tier(HitDensity(), capacity=90)
+        tier.serve(requests)
+        trace = ReplayTrace("same")
+        names: dict[int, int] = {}
+        for chain in requests:
+            trace.add(chain, [1] * len(chain))
+            names.update(zip(trace.chains[-1], chain, strict=True))
+        count = replay(trace, _Renamed(names), capacity_blocks=90)
+        assert (count.hit_blocks, count.blocks) == (tier.hits, tier.blocks)
 
     def test_two_uses_without_another_between_are_one(self) -> None:
         once, twice = HitDensity(), HitDensity()
