@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from cascade_aio.abc.eviction import EvictionPolicy
+from cascade_aio.cli.trace_mix import MixPlan, mixed_trace
 from cascade_aio.core.baselines import BASELINES, FrequencySketch, Gdsf, Lfu, S3Fifo, Sieve, WTinyLfu
+from cascade_aio.core.eviction import Lru
 from cascade_aio.testing.eviction import BLOCK_BYTES, EvictionConformance
 
 
@@ -145,3 +149,29 @@ def test_a_baseline_under_pins_never_offers_them(name: str) -> None:
     for node in range(0, 20, 2):
         policy.pin(node)
     assert sorted(_drain(policy)) == list(range(1, 20, 2))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "make_policy"), [("LRU", Lru), ("FIFO", BASELINES["fifo"]), ("LFU", Lfu), ("Sieve", Sieve)]
+)
+def test_hits_equal_those_of_libcachesim(theirs: str, make_policy: Callable[[], EvictionPolicy]) -> None:
+    """As plain object caches, block by block, without the prefix rule."""
+    library = pytest.importorskip("libcachesim", reason="libcachesim is not installed; it only cross-checks baselines")
+    trace = mixed_trace(MixPlan(sessions=200))
+    capacity = trace.capacity(0.05)
+    policy, cache = make_policy(), getattr(library, theirs)(capacity)
+    hits = expected = 0
+    for node in (node for chain in trace.chains for node in chain):
+        request = library.Request()
+        request.obj_id, request.obj_size = node, 1
+        expected += cache.get(request)
+        if node in policy:
+            hits += 1
+            policy.touch(node)
+            continue
+        if len(policy) >= capacity:
+            victim = policy.victim()
+            assert victim is not None
+            policy.remove(victim)
+        policy.admit(node, nbytes=BLOCK_BYTES)
+    assert hits == expected > 0
