@@ -35,6 +35,7 @@ def families() -> dict[str, Family]:
         hot_get,
         index,
         loop_lag,
+        prefetch,
         put_flush,
         put_readable,
         read_into,
@@ -52,4 +53,5 @@ def families() -> dict[str, Family]:
         "loop_lag": loop_lag.cases,
         "cold_get_cpu": cold_get.cpu_cases,
         "index": index.cases,
+        "prefetch": prefetch.cases,
     }

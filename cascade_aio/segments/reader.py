@@ -28,6 +28,10 @@ from cascade_aio.segments.table import SegmentEntry, SegmentTable
 RUN_BYTES_MAX = PIECE_BYTES_MAX
 """Neighbours are joined up to this; a larger record is read in pieces, side by side."""
 
+LAYERED_AT_ONCE = 4
+"""Pieces of a record in layered order that are under way at a time: the device serves what it has got all at
+once, so the first pieces come first only if the others are held back. Four of the largest keep it busy."""
+
 LAYERED_BYTES_MIN = 2 << 20
 """A record from this size on may be read in layered order: below, nothing is gained."""
 
@@ -170,8 +174,16 @@ class SegmentReader:
             pieces = layered_pieces(header_bytes, read.record_bytes, fmt.value_offset_of(read.key_bytes))
         else:
             pieces = plain_pieces(header_bytes, read.record_bytes)
-        counts = await _gather([piece(first, end) for first, end in pieces])
-        short = [first + count for (first, end), count in zip(pieces, counts, strict=True) if count < end - first]
+        short: list[int] = []  # where a piece ended before its end
+        queue = iter(pieces)
+
+        async def worker() -> None:
+            for first, end in queue:
+                count = await piece(first, end)
+                if count < end - first:
+                    short.append(first + count)
+
+        await _gather([worker() for _ in range(LAYERED_AT_ONCE if read.layered else len(pieces))])
         read.outcome = _judged(read, entry, _cut_short(read, entry, min(short)) if short else checked.outcome())
 
     def statistics(self) -> dict[str, int]:

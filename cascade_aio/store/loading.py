@@ -48,7 +48,10 @@ class _Load:
 
     @property
     def wanted(self) -> bool:
-        return bool(self.waiters or self.early) or (self.copy is not None and self.copy.holds > 1)
+        if self.waiters or self.early:
+            return True
+        copy = self.copy
+        return copy is not None and (copy.holds > 1 or (copy.arrival is not None and copy.arrival.complete))
 
 
 class Loader:
