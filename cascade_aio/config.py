@@ -119,6 +119,8 @@ class StoreConfig:
     """Lustre stripes of new segment files; -1: all targets."""
     stripe_bytes: int = 4 * MIB
     stripe: Literal["auto", "off"] = "auto"
+    index_blocks_max: int = 1 << 23
+    """Blocks the index may hold, those of other writers of the root included; reserves address space, not memory."""
     may_lose_unflushed: bool = False
     """Evict unwritten blocks from the arena without writing them."""
     register_buffers: bool = True
@@ -152,6 +154,7 @@ _RANGES = {
     "put_wait_seconds_max": _Range(0, 86400, unit=" seconds"),
     "read_seconds_max": _Range(0.001, 86400, optional=True, unit=" seconds"),
     "workers": _Range(1, 256, optional=True),
+    "index_blocks_max": _Range(1024, 1 << 30),
     "stripe_count": _Range(-1, 2000),
     "stripe_bytes": _Range(STRIPE_ALIGNMENT_BYTES, 4 * GIB - STRIPE_ALIGNMENT_BYTES, STRIPE_ALIGNMENT_BYTES, size=True),
 }

@@ -42,6 +42,7 @@ SETTING_HELP = {
     "stripe_count": "Lustre stripes of new files; -1: all targets.",
     "stripe_bytes": "Lustre stripe size.",
     "stripe": "auto or off.",
+    "index_blocks_max": "Blocks the index may hold, of all writers of the root.",
     "may_lose_unflushed": "Evict unwritten blocks without writing them.",
     "register_buffers": "Register the arena with io_uring.",
 }

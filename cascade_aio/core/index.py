@@ -111,7 +111,8 @@ class BlockIndex:
             self._used += 1
         else:
             raise TierFullError(
-                f"the index holds {self._capacity_max} blocks, its limit; raise capacity_max or delete blocks"
+                f"the index holds {self._capacity_max} blocks, its limit; open the store with larger "
+                "index_blocks_max or delete blocks"
             )
         self._digests[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES] = digest
         self._key_bytes[row] = key_bytes
@@ -299,7 +300,7 @@ class BlockIndex:
         if count > capacity_max or slots > slots_max:
             raise TierFullError(
                 f"the root has {count} blocks and {slots} prefix keys, more than the index may hold "
-                f"({capacity_max} and {slots_max}); raise capacity_max or bindings_max"
+                f"({capacity_max} and {slots_max}); open it with larger index_blocks_max"
             )
         index = cls(capacity_max=capacity_max, bindings_max=slots_max)
         index._used = count

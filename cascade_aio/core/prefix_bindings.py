@@ -77,7 +77,7 @@ class PrefixBindings:
         wanted = (slot < 0) + (parent is not None and above < 0)
         if wanted > self._slots_max - self._used + len(self._free):
             raise TierFullError(
-                f"the index holds {self._slots_max} prefix keys, its limit; raise bindings_max or delete blocks"
+                f"the index holds {self._slots_max} prefix keys, its limit; open the store with larger index_blocks_max or delete blocks"
             )
         if slot < 0:
             slot = self._new_slot(prefix)

@@ -19,7 +19,8 @@ from cascade_aio.errors import ClosedError
 from cascade_aio.io.errors import explained
 from cascade_aio.io.waiting import call_in_thread
 
-FILE_MODE = 0o644
+FILE_MODE = 0o600
+"""KV bytes are other people's prompts: nobody but the owner reads them."""
 
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 

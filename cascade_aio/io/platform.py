@@ -23,5 +23,10 @@ def open_platform(
     ``worker_threads`` and ``worker_nice`` default as in ``ByteWorkers``; the rest as in ``open_storage``,
     whose ``ConfigError`` it raises.
     """
-    storage = open_storage(io_backend, limits=limits, ring_factory=ring_factory)
-    return Platform(storage=storage, engine=ByteWorkers(worker_threads, nice=worker_nice), clock=SystemClock())
+    engine = ByteWorkers(worker_threads, nice=worker_nice)
+    try:
+        storage = open_storage(io_backend, limits=limits, ring_factory=ring_factory)
+    except BaseException:
+        engine.abandon()
+        raise
+    return Platform(storage=storage, engine=engine, clock=SystemClock())

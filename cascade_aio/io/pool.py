@@ -48,8 +48,21 @@ class WorkerPool(Generic[J]):
         self._threads = [
             threading.Thread(target=self._work, name=f"cascade-{name}-{index}", daemon=True) for index in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        started = 0
+        try:
+            for thread in self._threads:
+                thread.start()
+                started += 1
+        except BaseException:  # a limit on threads: those that run must not wait for jobs for ever
+            del self._threads[started:]
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """End the threads after the jobs already queued, without waiting for them: nobody awaits this pool."""
+        threads, self._threads = self._threads, []
+        for _ in threads:
+            self._jobs.put(None)
 
     @property
     def threads(self) -> int:

@@ -78,6 +78,7 @@ class Ring(TransferEngine):
         super().__init__(limits)
         self._native = native
         self._event_fd = event_fd
+        self._owner_pid = os.getpid()
         self._depth = depth
         # One cancellation per request in flight may be packed besides the requests themselves.
         self._ops = bytearray(OP.size * 2 * limits.requests_in_flight_max)
@@ -265,8 +266,8 @@ class Ring(TransferEngine):
 
     def __del__(self) -> None:
         """For a loop torn down without ``aclose``: cancel, wait for the kernel, then free (or leak) the ring."""
-        if self.__dict__.get("_event_fd", -1) < 0:
-            return
+        if self.__dict__.get("_event_fd", -1) < 0 or self._owner_pid != os.getpid():
+            return  # a forked child shares the kernel's ring with its parent: it must not touch it
         warnings.warn(f"{self!r} was not closed: await aclose() in its loop", ResourceWarning, stacklevel=1)
         if self._drain_without_loop():
             self._free()

@@ -94,6 +94,11 @@ class ByteWorkers:
         self._idle = asyncio.Event()
         self._closed = False
 
+    def abandon(self) -> None:
+        """``aclose`` for a caller that cannot wait, of workers that were never used."""
+        self._closed = True
+        self._pool.abandon()
+
     @property
     def threads(self) -> int:
         return self._pool.threads

@@ -106,8 +106,10 @@ class Catalog:
         segments: SegmentTable,
         shm_policy: EvictionPolicy,
         disk_policy: EvictionPolicy | None,
+        *,
+        blocks_max: int,
     ) -> None:
-        self.index = BlockIndex()
+        self.index = BlockIndex(capacity_max=blocks_max)
         self.shm = shm
         self.segments = segments
         self.shm_policy = shm_policy

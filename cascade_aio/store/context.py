@@ -155,6 +155,8 @@ class StoreContext:
     merger: CatalogMerger = dataclasses.field(init=False)
     recovery: Recovery = dataclasses.field(init=False)
     facts_applied: int = 0
+    facts_refused: int = 0
+    """Facts of the root for which the index had no room."""
     facts_since_checkpoint: int = 0
     """Facts that recovery found beyond the checkpoint: with none and no writes, it need not be replaced."""
     refreshing: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)

@@ -144,7 +144,8 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     undo.push(table.aclose)
     loop = asyncio.get_running_loop()
     shm = ShmTier(arena, platform.engine, storage, register=config.register_buffers)
-    catalog = Catalog(shm, table, PrefixLru(), None if config.disk_bytes is None else PrefixLru())
+    disk_policy = None if config.disk_bytes is None else PrefixLru()
+    catalog = Catalog(shm, table, PrefixLru(), disk_policy, blocks_max=config.index_blocks_max)
     backlog_bytes_max = config.shm_bytes // 2 if config.tail_bytes_max is None else config.tail_bytes_max
     writer = SegmentWriter(
         storage,

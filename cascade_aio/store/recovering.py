@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 import numpy as np
 
 from cascade_aio.core.index import BlockIndex, Columns, check_columns, select_columns
-from cascade_aio.errors import CorruptionError
+from cascade_aio.errors import CorruptionError, TierFullError
 from cascade_aio.model import BLOCK_ID_BYTES
 from cascade_aio.segments.checkpoint import (
     Checkpoint,
@@ -61,14 +61,21 @@ async def refresh(context: StoreContext) -> int:
 
 async def _take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
     fresh = 0
+    refused: TierFullError | None = None
     wall_ns = context.platform.clock.wall_ns()
     async with contextlib.aclosing(facts) as stream:  # type: ignore[type-var]
         async for fact in stream:
             if isinstance(fact, BlockFact | BindingFact | TombstoneFact):
                 context.disk.clock.observe(fact.stamp, wall_ns)
-            fresh += context.merger.apply(fact)
+            try:
+                fresh += context.merger.apply(fact)
+            except TierFullError as error:  # the index: what is known stays known, the root stays usable
+                context.facts_refused += 1
+                refused = error
             context.facts_applied += 1
     context.merger.settle()
+    if refused is not None:
+        logger.warning("%d facts of the root are not known to this store: %s", context.facts_refused, refused)
     return fresh
 
 
@@ -82,8 +89,8 @@ async def _load(context: StoreContext, checkpoint: Checkpoint, claim: WriterClai
         check_columns(columns)
         if len(columns["segment"]) and not 0 <= columns["segment"].max(initial=0) < len(checkpoint.covers):
             raise CorruptionError("the checkpoint names a segment that it does not list")
-        index = await asyncio.to_thread(BlockIndex.from_columns, columns)
-    except CorruptionError as error:
+        index = await asyncio.to_thread(BlockIndex.from_columns, columns, capacity_max=context.config.index_blocks_max)
+    except (CorruptionError, TierFullError) as error:
         logger.warning("the checkpoint in %s is not used, the segments are read instead: %s", claim.path, error)
         return ()
     for cover in checkpoint.covers:  # in order: numbers in the columns are positions in this list
@@ -101,6 +108,8 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
     written = context.disk.writer.statistics
     if not written.records and not written.notes and context.facts_applied == context.facts_since_checkpoint == 0:
         return  # nothing was learnt that the checkpoint there does not say
+    if context.facts_refused:
+        return  # it would say that what was refused need not be read again
     covers, positions = covers_of(context.disk.table)
     columns = await asyncio.to_thread(_columns_of, context.catalog.index, positions)
     tombstones = context.merger.facts.tombstones()

@@ -126,7 +126,7 @@ class Store:
     ) -> BlockId:
         """Store a block and return its id once it is readable; ``flush`` makes it durable.
 
-        ``key`` and ``value`` are any C-contiguous buffers, read until the call returns. A bound ``prefix``
+        ``key`` and ``value`` are any C-contiguous buffers; they must not change until the call returns. A bound ``prefix``
         returns at once without touching them: the first writer wins. Equal content is stored once.
         Waits for arena room up to ``put_wait_seconds_max``. Raises ``ConfigError`` (not contiguous, no
         buffer, bad prefix), ``BlockTooLargeError``, ``TierFullError``, ``DigestConflictError``.
@@ -302,6 +302,7 @@ class Store:
                 **self._space.statistics(),
                 "stripe": context.stripe,
                 "conflicts": context.merger.conflicts,
+                "facts_refused": context.facts_refused,
                 "recovery": dataclasses.asdict(context.recovery.report),
             },
             "prefetch": self._prefetcher.statistics(),

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from typing import Protocol
 
 from cascade_aio._native import map_shared
@@ -74,6 +75,7 @@ class SharedArena:
     nbytes: int
     _fd: int
     _memory: memoryview
+    _owner_pid: int = dataclasses.field(default_factory=os.getpid)
 
     @property
     def memory(self) -> memoryview:
@@ -88,14 +90,16 @@ class SharedArena:
             return
         fd, self._fd = self._fd, -1
         self._memory = memoryview(b"")
-        # Unlink before the lock goes with the descriptor: nobody can lock a name that is gone.
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        # Unlink before the lock goes with the descriptor: nobody can lock a name that is gone. Not another
+        # store's file of the same name, and not from a forked child, whose parent goes on.
+        if self._owner_pid == os.getpid() and _is_at(fd, self.path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
         os.close(fd)
 
 
 async def open_arena(path: str, nbytes: int) -> SharedArena:
-    """Create (or take over after a crash) the arena file ``path`` of ``nbytes`` and map it.
+    """Create the arena file ``path`` of ``nbytes`` and map it; one that a crash left behind is removed.
 
     Raises ``ConfigError`` if another process or another store of this process owns it, or the
     directory does not exist; ``TierFullError`` if the memory is not there. Reserves memory in a
@@ -122,40 +126,73 @@ async def open_arena(path: str, nbytes: int) -> SharedArena:
         raise
     finally:
         if arena is None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            if _is_at(fd, path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
             os.close(fd)
 
 
 def _lock_file(path: str) -> int:
+    """A new, empty, locked file at ``path``; what a crashed owner left there is removed, never used again:
+    a process that still maps it must not see our bytes."""
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         raise ConfigError(f"shm_dir={directory!r} is not a directory; point it at a tmpfs such as /dev/shm")
     for _ in range(_OPEN_ATTEMPTS_MAX):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = os.stat(path)
-        except BlockingIOError:
-            os.close(fd)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileExistsError:
+            _remove_stale(path)
+            continue
+        if _lock(fd) and _is_at(fd, path):
+            return fd
+        os.close(fd)  # somebody took it for stale before it was locked
+    raise BrokenTierError(f"the arena {path} keeps being replaced by another process; choose another arena='name'")
+
+
+def _remove_stale(path: str) -> None:
+    """Unlink an arena that nobody owns. Raises ``ConfigError`` for one that is in use or is none."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be used as an arena ({error.strerror}); remove it or choose another arena='name'"
+        ) from error
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise ConfigError(f"{path} is no arena but something else; remove it or choose another arena='name'")
+        if found.st_uid != os.geteuid():
+            raise ConfigError(f"the arena {path} belongs to user {found.st_uid}; choose another arena='name'")
+        if not _lock(fd):
             raise ConfigError(
                 f"the arena {path} is in use by another open store; close that one, or give this one its "
                 "own with arena='name' (several stores may share a root, each with an arena of its own)"
-            ) from None
-        except FileNotFoundError:
-            os.close(fd)
-            continue
-        except BaseException:
-            os.close(fd)
-            raise
-        mine = os.fstat(fd)
-        if (mine.st_dev, mine.st_ino) == (current.st_dev, current.st_ino):
-            if mine.st_uid != os.geteuid():
-                os.close(fd)
-                raise ConfigError(f"the arena {path} belongs to user {mine.st_uid}; choose another arena='name'")
-            return fd
+            )
+        if _is_at(fd, path):
+            os.unlink(path)
+    finally:
         os.close(fd)
-    raise BrokenTierError(f"the arena {path} keeps being replaced by another process; choose another arena='name'")
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """Whether ``path`` still names this open file."""
+    mine = os.fstat(fd)
+    try:
+        current = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return (mine.st_dev, mine.st_ino) == (current.st_dev, current.st_ino)
 
 
 def _check_room(path: str, fd: int, nbytes: int) -> None:

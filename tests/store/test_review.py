@@ -1,0 +1,121 @@
+"""Defects that a hostile reviewer found in opening, closing and the arena, each as its shortest story."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from cascade_aio.errors import ConfigError, TierFullError
+from cascade_aio.tiers.arena import open_arena
+from tests.store.conftest import OpenStore, block_bytes
+
+
+async def test_a_root_with_more_blocks_than_the_index_holds_can_be_opened(open_small: OpenStore) -> None:
+    async with open_small() as store:
+        for i in range(1100):
+            await store.put(b"%d" % i, b"")
+    async with open_small(index_blocks_max=1024) as store:
+        assert len(store) == 1024
+        assert store.statistics()["disk"]["facts_refused"] > 0
+        with pytest.raises(TierFullError, match="index_blocks_max"):
+            await store.put(b"new", b"")
+        await store.refresh()
+    async with open_small() as store:
+        assert len(store) == 1100
+
+
+async def test_an_opening_without_threads_leaves_nothing_open(open_small: OpenStore) -> None:
+    start = threading.Thread.start
+
+    def refuse_second(thread: threading.Thread) -> None:
+        if thread.name.endswith("bytes-1"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def fail() -> None:
+        with mock.patch.object(threading.Thread, "start", refuse_second), pytest.raises(RuntimeError, match="thread"):
+            await open_small(workers=2)
+
+    await fail()
+    await asyncio.sleep(0.1)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        await fail()
+    await asyncio.sleep(0.1)
+    assert len(os.listdir("/proc/self/fd")) <= before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cascade-bytes")]
+
+
+async def test_a_stale_arena_is_replaced_not_reused(tmp_path: Path) -> None:
+    path = tmp_path / "arena"
+    path.write_bytes(b"old" * 5000)
+    path.chmod(0o666)
+    with path.open("rb") as old:
+        arena = await open_arena(str(path), 1 << 20)
+        arena.memory[:3] = b"new"
+        assert old.read(3) == b"old"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        arena.close()
+    assert not path.exists()
+
+
+async def test_closing_leaves_another_stores_arena_of_the_same_name(tmp_path: Path) -> None:
+    path = tmp_path / "arena"
+    first = await open_arena(str(path), 1 << 20)
+    path.unlink()  # somebody tidied up
+    second = await open_arena(str(path), 1 << 20)
+    first.close()
+    assert path.exists()
+    second.close()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "hard link", "directory"])
+async def test_what_is_no_arena_is_refused_and_kept(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "arena", tmp_path / "other"
+    other.write_bytes(b"mine")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        path.hardlink_to(other)
+    else:
+        path.mkdir()
+    with pytest.raises(ConfigError, match="arena"):
+        await open_arena(str(path), 1 << 20)
+    assert os.path.lexists(path)
+    assert other.read_bytes() == b"mine"
+
+
+async def test_segments_are_private(open_small: OpenStore, tmp_path: Path) -> None:
+    async with open_small() as store:
+        await store.put(*block_bytes(1))
+        await store.flush()
+        segments = list((tmp_path / "kv").rglob("*.seg"))
+        assert segments
+        assert {stat.S_IMODE(path.stat().st_mode) for path in segments} == {0o600}
+
+
+async def test_a_forked_child_leaves_its_parents_store_alone(open_small: OpenStore, arena: str) -> None:
+    async with open_small() as store:
+        block_id = await store.put(*block_bytes(2))
+        await store.flush()
+        child = os.fork()
+        if not child:
+            try:
+                store._context.platform.storage.engine.__del__()  # what its garbage collector does at exit
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert os.path.exists(f"/dev/shm/{arena}")
+        await store.put(*block_bytes(3))
+        await store.flush()
+    async with open_small() as store, store.get(block_id) as block:
+        assert bytes(block.key) == block_bytes(2)[0]
