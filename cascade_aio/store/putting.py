@@ -23,6 +23,7 @@ from cascade_aio.store.block import encode_meta
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.getting import Getter
+from cascade_aio.store.merging import PROVISIONAL
 from cascade_aio.tiers.shm import Extent
 
 if TYPE_CHECKING:
@@ -62,12 +63,22 @@ class Putter:
         return len(self._putting)
 
     def bound(self, prefix: PrefixKey | None) -> BlockId | None:
-        """The block that ``prefix`` names already, if any."""
+        """The block that ``prefix`` names already, if that can be promised: the next flush covers it.
+
+        A block whose only record may vanish with another writer is written from its copy in the arena;
+        without one there is no such block yet, and the caller's bytes are needed.
+        """
         if prefix is None:
             return None
         row = self._getter.find_prefix(prefix)
         if row < 0:
             return None
+        index = self._catalog.index
+        if index.location(row) is None or index.flags(row) & PROVISIONAL:
+            copy = self._catalog.copies.get(row)
+            if copy is None:
+                return None
+            self._context.append_unless_durable(copy)
         self._context.counters.puts_bound += 1
         return self._catalog.index.block_id(row)
 
@@ -266,6 +277,7 @@ class ReserveRequest:
         self._context = context
         self._putter = putter
         self._draft = putter.draft(key_bytes, value_bytes, prefix, parent, meta)
+        self._known: BlockId | None = None
         self._extent: Extent | None = None
         self._slot: Slot | None = None
 
@@ -274,14 +286,14 @@ class ReserveRequest:
         if self._slot is not None:
             raise LeaseError("a reservation can be entered once; call reserve() again")
         draft = self._draft
-        bound = self._putter.bound(draft.prefix)
+        self._known = self._putter.bound(draft.prefix)
         extent = self._extent = await self._putter.reserve_extent(draft)
         payload = extent.memory[draft.header_bytes :]
         value_end = draft.value_offset + draft.value_bytes
         self._slot = Slot(
             np.frombuffer(payload[: draft.key_bytes], dtype=np.uint8),
             np.frombuffer(payload[draft.value_offset : value_end], dtype=np.uint8),
-            bound is not None,
+            self._known is not None,
         )
         return self._slot
 
@@ -305,7 +317,7 @@ class ReserveRequest:
 
     async def _finish(self, slot: Slot, extent: Extent) -> None:
         context, draft = self._context, self._draft
-        known = self._putter.bound(draft.prefix)
+        known = self._putter.bound(draft.prefix) or self._known  # told ``bound``, nobody had to fill it
         if known is not None:
             slot._block_id = known
             return

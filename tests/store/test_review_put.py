@@ -1,0 +1,96 @@
+"""What a put promises when the block is known already, but not for sure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+import cascade_aio as ca
+from cascade_aio.testing.memory import Operation
+from cascade_aio.testing.world import World, check_idle, pseudo_bytes, settle, virtual_loop
+
+KEYS = ca.prefix_keys(range(16), block_tokens=8, namespace="review")
+KEY, VALUE = pseudo_bytes("k", 4000), pseudo_bytes("v", 4000)
+Put = Callable[[ca.Store], Coroutine[Any, Any, ca.BlockId]]
+
+
+def run(story: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=virtual_loop) as runner:
+        runner.run(story(World()))
+
+
+def hold_syncs(world: World) -> Callable[[], None]:
+    """Syncs of segments do not return on the store opened last until the result is called."""
+    gate = asyncio.Event()
+
+    def hook(operation: Operation) -> Coroutine[Any, Any, object] | None:
+        if operation.name == "sync" and operation.path.endswith(".seg") and not operation.after:
+            return gate.wait()
+        return None
+
+    world.storage.hooks.append(hook)
+    return gate.set
+
+
+async def by_put(store: ca.Store) -> ca.BlockId:
+    return await store.put(KEY, VALUE, prefix=KEYS[0])
+
+
+async def by_reserve(store: ca.Store) -> ca.BlockId:
+    async with store.reserve(key_bytes=len(KEY), value_bytes=len(VALUE), prefix=KEYS[0]) as slot:
+        if not slot.bound:
+            slot.key[:] = memoryview(KEY)
+            slot.value[:] = memoryview(VALUE)
+    return slot.block_id
+
+
+async def by_put_after_get(store: ca.Store) -> ca.BlockId:
+    async with store.get(KEYS[0]) as got:
+        assert bytes(got.key) == KEY
+    return await store.put(b"not", b"looked at", prefix=KEYS[0])
+
+
+@pytest.mark.parametrize("put", [by_put, by_reserve, by_put_after_get])
+def test_flush_covers_a_bound_prefix_that_only_another_writers_unsynced_record_holds(put: Put) -> None:
+    async def story(world: World) -> None:
+        other = await world.open()
+        warm = await other.put(b"warm", b"up")  # the segment's own creation is over before its syncs are held
+        await other.flush()
+        hold_syncs(world)
+        block_id = await other.put(KEY, VALUE, prefix=KEYS[0])
+        flushing = asyncio.ensure_future(other.flush())
+        await settle()
+        assert not flushing.done()
+        mine = await world.open()
+        assert KEYS[0] in mine
+        assert warm in mine
+        assert await put(mine) == block_id
+        await mine.flush()
+        await settle()
+        check_idle(mine)
+        world.disk = world.disk.crash(None)
+        flushing.cancel()
+        reopened = await world.open()
+        async with reopened.get(KEYS[0]) as got:
+            assert (bytes(got.key), bytes(got.value)) == (KEY, VALUE)
+        await reopened.aclose()
+
+    run(story)
+
+
+def test_a_slot_that_was_bound_never_seals_what_nobody_filled() -> None:
+    async def story(world: World) -> None:
+        store = await world.open()
+        block_id = await by_put(store)
+        async with store.reserve(key_bytes=len(KEY), value_bytes=len(VALUE), prefix=KEYS[0]) as slot:
+            assert slot.bound
+            await store.delete(block_id)
+        assert slot.block_id == block_id
+        assert KEYS[0] not in store
+        await store.aclose()
+        world.check_closed()
+
+    run(story)
