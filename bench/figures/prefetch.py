@@ -27,6 +27,7 @@ from bench.fine_timer import FineTimer
 from bench.results import BenchError, Row, Target, make_series
 from bench.scale import MIB, Scale
 from bench.session import OURS, Line, Session
+from bench.turns import Turns
 
 SIZES_BYTES = (MIB, 16 * MIB, 80 * MIB)
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -131,7 +132,7 @@ async def _decode(session: Session, lines: tuple[Line, ...]) -> list[Row]:
             ratio = float(line.variant)
             series: dict[str, list[float]] = {"ours": [], "ideal": [], "without": [], "stalls": [], "read": []}
             before = root.verified_bytes
-            for repetition in range(session.repeats):
+            for _ in range(session.repeats):
                 # The raw read on both sides of our loop: the device drifts within a second.
                 first_s = pool.total_bytes / (session.disk.read_gb_per_s(pool.total_bytes) * 1e9)
                 compute_s = ratio * first_s / count
@@ -144,10 +145,10 @@ async def _decode(session: Session, lines: tuple[Line, ...]) -> list[Row]:
                 series["without"].append(without_s)
                 series["stalls"].append(float(stalls))
                 series["read"].append(count * read_s)
-                assert repetition < session.repeats
             rows.append(
                 session.row(
                     line,
+                    turns=Turns({}, ["raw,cascade,raw,without"] * session.repeats),
                     ours=make_series(OURS, "s", series["ours"]),
                     other=make_series("ideal", "s", series["ideal"]),
                     extra=[
@@ -193,6 +194,7 @@ async def _first_layer(session: Session, lines: tuple[Line, ...]) -> list[Row]:
     return [
         session.row(
             line,
+            turns=Turns({}, ["layered,plain"] * session.repeats),
             ours=make_series("first layer", "s", first_s),
             other=make_series("whole block, plain get", "s", plain_s),
             extra=[make_series("whole block, layered", "s", whole_s)],

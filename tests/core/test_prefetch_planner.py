@@ -161,7 +161,7 @@ def test_what_was_given_up_for_others_halves_the_window() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.booleans())
-def test_any_order_of_events_keeps_the_books(data: st.DataObject, streaming: bool) -> None:
+def test_any_order_of_events_keeps_the_books(data: st.DataObject, streaming: bool) -> None:  # noqa: C901 (a machine)
     bounds = WindowBounds(2 * MIB, 6 * MIB)
     planner = PrefetchPlanner(30, bounds, streaming=streaming)
     now_s = 0.0
@@ -184,7 +184,9 @@ def test_any_order_of_events_keeps_the_books(data: st.DataObject, streaming: boo
     sizes: dict[int, int] = {}
     for _ in range(data.draw(st.integers(0, 60))):
         now_s += data.draw(st.sampled_from([0.0, 0.001, 1.0]))
-        event = data.draw(st.sampled_from(["describe", "landed", "failed", "refused", "taken", "asked", "lost", "room"]))
+        event = data.draw(
+            st.sampled_from(["describe", "landed", "failed", "refused", "taken", "asked", "lost", "room"])
+        )
         position = planner.next_position()
         if event == "describe" and position is not None:
             kind = data.draw(st.sampled_from(["absent", "resident", "disk", "disk", "disk"]))
