@@ -485,6 +485,8 @@ class SegmentWriter:
             statistics.written_bytes += write.nbytes
             bucket = 1 << (write.nbytes - 1).bit_length()
             statistics.write_sizes[bucket] = statistics.write_sizes.get(bucket, 0) + 1
+            if segment is self._active:
+                self._full = None  # an older segment's sync found no room; this one takes what comes
         finally:
             self._inflight_bytes -= write.nbytes
             self._inflight_freed.set()

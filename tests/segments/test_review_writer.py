@@ -1,0 +1,62 @@
+"""The segment writer after failures that pass: nothing sticks, nothing waits longer than it has to."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from cascade_aio.errors import TierFullError
+from cascade_aio.segments.writer import WriterLimits
+from cascade_aio.testing.memory import MemoryStorage
+from cascade_aio.testing.world import fail_with, virtual_loop
+from tests.segments.harness import Block, Process, running
+
+LAZY = WriterLimits(segment_bytes=1 << 20, linger_bytes=1 << 20, tail_seconds_max=3600.0)
+"""Nothing happens unless asked for; a segment takes some 30 blocks."""
+
+
+def run(story: Callable[[Process], Coroutine[Any, Any, None]]) -> None:
+    """Tell ``story`` to a running writer, in virtual time."""
+
+    async def world() -> None:
+        async with running(MemoryStorage(), LAZY) as process:
+            await story(process)
+
+    with asyncio.Runner(loop_factory=virtual_loop) as runner:
+        runner.run(world())
+
+
+def append(process: Process, *numbers: int, nbytes: int = 30_000) -> list[Block]:
+    blocks = [Block(number, nbytes) for number in numbers]
+    for block in blocks:
+        process.writer.append(block.pending())
+    return blocks
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def test_no_space_for_an_older_segment_is_forgotten_when_the_active_one_takes_more() -> None:
+    async def story(process: Process) -> None:
+        warm = append(process, *range(1000, 1026))
+        await process.writer.flush()
+        first = process.table[warm[-1].locations[0].segment].path
+        process.storage.hooks.append(fail_with(errno.ENOSPC, "sync", path_part=first))  # its next: when it is sealed
+        blocks = append(process, *range(6))
+        with_retry_s = now_s() + 2 * LAZY.retry_seconds
+        while not all(block.durable for block in blocks):
+            try:
+                await process.writer.flush()
+            except TierFullError:
+                assert now_s() < with_retry_s
+                await asyncio.sleep(LAZY.retry_seconds / 4)
+        assert process.writer.statistics.no_space == 1
+        for number in range(100, 110):
+            append(process, number)
+            assert not process.writer.full
+            await process.writer.flush()
+
+    run(story)
