@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import pathlib
 
+import msgspec
+
 from bench.results import BenchError, NotRun, ResultFile, Row
 from bench.samples import Spread
 
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
+PREFETCH_BEGIN = "<!-- prefetch:begin -->"
+PREFETCH_END = "<!-- prefetch:end -->"
+"""Where the README has these two as well, the figures of reading ahead stand there instead."""
+_PREFETCH = "prefetch_"
 _HEAD = (
     "| figure | block | measured | limit of the machine | reached (min–max) | target | |",
     "| --- | --- | --- | --- | --- | --- | --- |",
@@ -39,7 +45,26 @@ def replace(readme: str, result: ResultFile) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise BenchError(f"README.md has no {BEGIN} … {END}: put the two lines where the table belongs")
-    return f"{before}{BEGIN}\n{render(result)}\n{END}{after}"
+    if PREFETCH_BEGIN not in readme:
+        return f"{before}{BEGIN}\n{render(result)}\n{END}{after}"
+    ahead, others = _only(result, ahead=True), _only(result, ahead=False)
+    text = f"{before}{BEGIN}\n{render(others)}\n{END}{after}"
+    if not ahead.rows and not ahead.not_run:
+        return text  # this run did not measure it: what stands there stays
+    before, _, rest = text.partition(PREFETCH_BEGIN)
+    _, end, after = rest.partition(PREFETCH_END)
+    if not end:
+        raise BenchError(f"README.md has {PREFETCH_BEGIN} and no {PREFETCH_END} behind it")
+    return f"{before}{PREFETCH_BEGIN}\n{render(ahead)}\n{PREFETCH_END}{after}"
+
+
+def _only(result: ResultFile, *, ahead: bool) -> ResultFile:
+    """``result`` with the rows about reading ahead, or with all others."""
+    return msgspec.structs.replace(
+        result,
+        rows=[row for row in result.rows if row.figure.startswith(_PREFETCH) is ahead],
+        not_run=[row for row in result.not_run if row.figure.startswith(_PREFETCH) is ahead],
+    )
 
 
 def update(readme: pathlib.Path, result: ResultFile, *, check: bool) -> None:
