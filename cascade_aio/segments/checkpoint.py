@@ -81,11 +81,14 @@ class _Directory(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def covers_of(table: SegmentTable) -> tuple[list[Cover], dict[int, int]]:
-    """What a checkpoint of everything known now covers, and each segment number's position in it."""
+    """What a checkpoint of everything known now covers, and each segment number's position in it.
+
+    Not a segment of which a part could not be read: its number has no position, the next opening reads it.
+    """
     covers: list[Cover] = []
     positions: dict[int, int] = {}
     for entry in table:
-        if entry.scanned_bytes:
+        if entry.scanned_bytes and not entry.unreadable:
             positions[entry.number] = len(covers)
             upto = entry.size_bytes if entry.sealed else entry.scanned_bytes
             covers.append(Cover(entry.identity, upto, entry.sealed, entry.record_bytes, entry.live_bytes))

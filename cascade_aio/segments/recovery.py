@@ -4,6 +4,10 @@ Implements the recovery rules of FORMAT.md. Streams: facts are yielded as they a
 is only what lies beyond the last known sync of one segment. Never trusts an index it cannot check,
 never repairs a foreign file, never fails because of one bad segment (that is a ``DamageFact``).
 
+Bytes that could not be read are not bytes that are no record: a read that failed may succeed
+tomorrow. A segment with such a read is told as far as it is known, reported, and left exactly as it
+is (``SegmentEntry.unreadable``).
+
 What it must not know: the index the facts end up in.
 """
 
@@ -14,7 +18,7 @@ import dataclasses
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 
-from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
+from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Storage
 from cascade_aio.errors import CorruptionError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.active import seal_file
@@ -23,7 +27,14 @@ from cascade_aio.segments.checkpoint import Cover
 from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, TombstoneFact, VanishedFact
 from cascade_aio.segments.footer import FooterTables, Trailer, decode_trailer, footer_facts, record_facts
 from cascade_aio.segments.layout import Root, WriterClaim, list_segments, list_writers
-from cascade_aio.segments.scan import VERIFY_BYTES, Gap, check_payload, scan_records
+from cascade_aio.segments.scan import (
+    VERIFY_BYTES,
+    Gap,
+    check_payload,
+    read_pages,
+    scan_records,
+    unreadable_reason,
+)
 from cascade_aio.segments.table import SegmentEntry, SegmentTable
 
 SEARCH_BYTES_FOREIGN = 256 << 20
@@ -46,6 +57,7 @@ class RecoveryReport:
     torn_records: int = 0
     seal_failures: int = 0
     damaged: int = 0
+    unreadable: int = 0
 
 
 class Recovery:
@@ -93,7 +105,7 @@ class Recovery:
         for identity, size in await self._list():
             present.add(identity)
             entry = self._table.find(identity)
-            if self._is_own(identity) or (entry is not None and entry.sealed):
+            if self._is_own(identity) or (entry is not None and entry.sealed and not entry.unreadable):
                 continue
             async for fact in self._recover(identity, size, None, SEARCH_BYTES_REFRESH):
                 yield fact
@@ -127,6 +139,7 @@ class Recovery:
     ) -> AsyncIterator[Fact]:
         own = self._is_own(identity)
         entry = self._table.add(identity, own=own)
+        entry.unreadable = False
         self.report.segments += 1
         if cover is not None and cover.sealed and size == cover.upto:
             entry.sealed, entry.size_bytes = True, size
@@ -142,11 +155,14 @@ class Recovery:
             await self._table.forget(entry.number)
             yield VanishedFact(entry.number)
         except OSError as exc:
+            recovery.note_unreadable(0)
+            entry.size_bytes = max(entry.size_bytes, size)
             self.report.damaged += 1
-            yield DamageFact(entry.path, entry.name, 0, size, f"cannot be read: {exc.strerror}")
+            yield DamageFact(entry.path, entry.name, 0, size, unreadable_reason(exc))
         except BaseException:
             entry.sealed = False  # cancelled half-way: the next look starts over
             raise
+        self.report.unreadable += entry.unreadable
         if recovery.removed:
             await self._table.forget(entry.number)
 
@@ -173,6 +189,7 @@ class SegmentRecovery:
         self._tables = FooterTables()
         self._data_end = PAGE_BYTES
         self._sealable = True
+        self._known_end: int | None = None
 
     async def facts(self, *, adopt: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
         """``adopt``: the segment is ours and nobody writes it: verify its tail, then seal or remove it.
@@ -183,10 +200,12 @@ class SegmentRecovery:
         async with self._table.opened(entry.number) as file:
             size = await self._storage.size(file)
             end = size // PAGE_BYTES * PAGE_BYTES
-            written, problem = await self._check_header(file, end)
-            if problem is not None and not written:
+            written, problem = await self._check_header(file, end, adopt=adopt)
+            if problem is not None and (entry.unreadable or not written):
                 yield problem
-                return
+                if not written:
+                    return
+                problem = None
             if written:
                 async for fact in self._records(file, size, end, adopt=adopt, search_bytes=search_bytes):
                     if problem is not None and start == 0:
@@ -194,18 +213,36 @@ class SegmentRecovery:
                         problem = None
                     if _offset_of(fact) >= start:
                         yield fact
-        if adopt and not entry.sealed and self._sealable:
+        if self._known_end is not None:
+            entry.scanned_bytes = min(entry.scanned_bytes, self._known_end)
+        elif adopt and not entry.sealed and self._sealable:
             await self._seal()
+
+    def note_unreadable(self, offset: int) -> None:
+        """A read at ``offset`` failed: from there on the segment is to be read again, and not to be changed."""
+        self._entry.unreadable = True
+        self._known_end = offset if self._known_end is None else min(self._known_end, offset)
+
+    def _unread(self, offset: int, nbytes: int, reason: str) -> DamageFact:
+        self.note_unreadable(offset)
+        return DamageFact(self._entry.path, self._entry.name, offset, nbytes, reason)
 
     async def _records(
         self, file: File, size: int, end: int, *, adopt: bool, search_bytes: int | None
     ) -> AsyncIterator[Fact]:
         """Facts from the footer, else from a scan."""
         entry = self._entry
-        trailer = await self._trailer(file, size)
+        trailer: Trailer | None = None
+        try:
+            trailer = await self._trailer(file, size)
+        except OSError as exc:  # sealed or not: its records can be scanned
+            problem = self._unread(size - PAGE_BYTES, PAGE_BYTES, f"trailer is {unreadable_reason(exc)}")
+            if entry.own:  # the end of another writer's segment may just have been cut off
+                yield problem
         if trailer is not None:
             entry.sealed, entry.size_bytes = True, size
             entry.record_bytes, end = trailer.data_end - PAGE_BYTES, trailer.data_end
+            footer_bytes = size - trailer.data_end
             try:
                 for fact in await self._footer_facts(file, trailer):
                     yield fact
@@ -213,7 +250,9 @@ class SegmentRecovery:
                 entry.scanned_bytes = size
                 return
             except CorruptionError as exc:
-                yield DamageFact(entry.path, entry.name, trailer.data_end, size - trailer.data_end, str(exc))
+                yield DamageFact(entry.path, entry.name, trailer.data_end, footer_bytes, str(exc))
+            except OSError as exc:
+                yield self._unread(trailer.data_end, footer_bytes, f"footer is {unreadable_reason(exc)}")
         self._report.scanned += 1
         verify = adopt and trailer is None
         async for fact in self._scan(file, end, verify=verify, search_bytes=search_bytes):
@@ -221,19 +260,23 @@ class SegmentRecovery:
         if trailer is not None:
             entry.scanned_bytes = size
 
-    async def _check_header(self, file: File, end: int) -> tuple[bool, DamageFact | None]:
+    async def _check_header(self, file: File, end: int, *, adopt: bool) -> tuple[bool, DamageFact | None]:
         """Whether there may be records, and what is wrong with page 0."""
         entry = self._entry
         page = page_buffer(PAGE_BYTES)
         if end < PAGE_BYTES:
             return False, None
         try:
-            await self._storage.read(file, [page], 0, priority=Priority.BACKGROUND)
+            await read_pages(self._storage, file, page, 0)
             header = fmt.decode_segment_header(page, path=entry.path)
-        except (CorruptionError, OSError) as exc:
+        except OSError as exc:
+            return True, self._unread(0, PAGE_BYTES, f"segment header is {unreadable_reason(exc)}")
+        except CorruptionError as exc:
             return True, DamageFact(entry.path, entry.name, 0, PAGE_BYTES, str(exc))
-        if header is None:
-            return False, None
+        if header is None:  # a creation cut short, or a page that was lost: what is ours is looked through
+            if not adopt:
+                return False, None
+            return True, DamageFact(entry.path, entry.name, 0, PAGE_BYTES, "no segment header, only zeros")
         if header.identity != entry.identity or header.store != self._store:
             return False, DamageFact(
                 entry.path, entry.name, 0, PAGE_BYTES, "this segment belongs to another store or writer: it is not read"
@@ -244,20 +287,13 @@ class SegmentRecovery:
         if size % PAGE_BYTES or size < 2 * PAGE_BYTES:
             return None
         page = page_buffer(PAGE_BYTES)
-        try:
-            await self._storage.read(file, [page], size - PAGE_BYTES, priority=Priority.BACKGROUND)
-        except OSError:
-            return None  # records can be scanned
+        await read_pages(self._storage, file, page, size - PAGE_BYTES)
         return decode_trailer(page, self._entry.identity, size)
 
     async def _footer_facts(self, file: File, trailer: Trailer) -> Iterator[Fact]:
         body = page_buffer(trailer.footer_bytes)[: page_padded(trailer.footer_bytes)]
-        try:
-            if body:
-                await self._storage.read(file, [body], trailer.data_end, priority=Priority.BACKGROUND)
-        except OSError as exc:
-            reason = f"footer is unreadable ({exc.strerror})"
-            raise CorruptionError(reason, path=self._entry.path, offset=trailer.data_end) from exc
+        if body:
+            await read_pages(self._storage, file, body, trailer.data_end)
         return footer_facts(body, trailer, self._entry.number, self._entry.path)
 
     async def _scan(self, file: File, end: int, *, verify: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
@@ -267,7 +303,7 @@ class SegmentRecovery:
         held: collections.deque[fmt.RecordHeader | Gap] = collections.deque()
         position = start
         async for item in scan_records(self._storage, file, entry, start=start, end=end, search_bytes=search_bytes):
-            if isinstance(item, Gap) and not item.followed and not entry.sealed:
+            if isinstance(item, Gap) and self._is_end(item, verify=verify):
                 break
             held.append(item)
             if isinstance(item, fmt.RecordHeader):
@@ -276,11 +312,12 @@ class SegmentRecovery:
             while held and _end_of(held[0]) <= synced:
                 for fact in self._accept(held.popleft(), provisional=False):
                     yield fact
+        entry.size_bytes, entry.record_bytes = end, position - PAGE_BYTES
         if verify:
             async for fact in self._verified_tail(file, held, synced):
                 yield fact
             return
-        entry.size_bytes, entry.record_bytes, entry.synced_bytes = end, position - PAGE_BYTES, synced
+        entry.synced_bytes = synced
         # What is provisional is told again by the next look: a reader may have met it half written and forgotten it.
         doubtful = (item.offset for item in held if isinstance(item, fmt.RecordHeader) or item.offset >= synced)
         entry.scanned_bytes = next(doubtful, position)
@@ -288,6 +325,12 @@ class SegmentRecovery:
             if isinstance(item, fmt.RecordHeader) or item.offset < synced:
                 for fact in self._accept(item, provisional=True):
                     yield fact
+
+    def _is_end(self, gap: Gap, *, verify: bool) -> bool:
+        """Whether nothing comes here, and nothing is known to have been here."""
+        if gap.unreadable:
+            self.note_unreadable(gap.offset)
+        return not (gap.followed or self._entry.sealed or (gap.unreadable and verify))
 
     def _accept(self, item: fmt.RecordHeader | Gap, *, provisional: bool) -> Iterator[Fact]:
         self._data_end = _end_of(item)
@@ -311,22 +354,29 @@ class SegmentRecovery:
         torn: list[int] = []
         for item in held:
             if isinstance(item, Gap):
-                if item.offset < synced:
+                if item.offset < synced or item.unreadable:
                     sound.append(item)
-            elif await check_payload(self._storage, self._engine, file, self._entry, item, buffer) is None:
+                continue
+            try:
+                damage = await check_payload(self._storage, self._engine, file, self._entry, item, buffer)
+            except OSError as exc:
+                yield self._unread(item.offset, item.record_bytes, f"payload is {unreadable_reason(exc)}")
+                damage = None  # it may be sound: it is told, and reading decides
+            if damage is None:
                 sound.append(item)
             else:
                 torn.append(item.offset)
         self._report.torn_records += len(torn)
         if not sound:
             return
-        durable = True
-        try:
-            sound = await self._filled(sound, torn)
-            await self._storage.sync(file)
-        except OSError:
-            durable = False  # some may have been promised: they are told, and the next opening tries again
-            self._report.seal_failures += 1
+        durable = not self._entry.unreadable
+        if durable:
+            try:
+                sound = await self._filled(sound, torn)
+                await self._storage.sync(file)
+            except OSError:
+                durable = False  # some may have been promised: they are told, and the next opening tries again
+                self._report.seal_failures += 1
         for item in sound:
             for fact in self._accept(item, provisional=not durable):
                 yield fact

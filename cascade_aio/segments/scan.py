@@ -1,11 +1,14 @@
 """Walking a segment header by header, and past whatever is in the way.
 
 Bounded: one buffer of ``SCAN_WINDOW_BYTES``, whatever the segment holds. Used by recovery and by
-verification; decides nothing about what a gap means.
+verification; decides nothing about what a gap means. Keeps apart what was read and is no record, and what
+could not be read, which may be anything.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
@@ -30,51 +33,72 @@ SMALL_RECORD_BYTES = 128 << 10
 VERIFY_BYTES = 8 << 20
 """Payload read and checked at once; a multiple of the checksum chunk."""
 
+UNREADABLE_PAGES_MAX = 256
+"""A search gives up after so many: a file system that is gone may take seconds to fail each read."""
+
 _MAGIC_WORD = int.from_bytes(fmt.RECORD_MAGIC, "little")
 
 
 class Gap(NamedTuple):
-    """Bytes that are no record. ``followed``: a valid record comes behind them."""
+    """Bytes that are no record. ``followed``: a valid record comes behind them.
+
+    ``unreadable``: not every page of it could be read, so there may be records in it.
+    """
 
     offset: int
     nbytes: int
     reason: str
     followed: bool
+    unreadable: bool = False
+
+
+async def read_pages(storage: Storage, file: File, buffer: memoryview, offset: int) -> None:
+    """Fill ``buffer`` (whole pages) from a place within the file. Raises ``OSError``, also when fewer bytes come."""
+    count = await storage.read(file, [buffer], offset, priority=Priority.BACKGROUND)
+    if count < len(buffer):
+        raise OSError(errno.EIO, f"{count} of {len(buffer)} bytes came", file.path)
+
+
+def unreadable_reason(error: OSError) -> str:
+    """For a report: what failed."""
+    return f"unreadable ({error.strerror or os.strerror(error.errno or errno.EIO)})"
 
 
 class _Window:
-    """A sliding view of the file. A page that cannot be read raises ``CorruptionError``."""
+    """A sliding view of the file up to ``end``. A page that cannot be read raises ``OSError``."""
 
-    def __init__(self, storage: Storage, file: File, path: str, end: int) -> None:
+    def __init__(self, storage: Storage, file: File, end: int) -> None:
         self.end = end
         self._storage = storage
         self._file = file
-        self._path = path
         self._buffer = page_buffer(SCAN_WINDOW_BYTES)
         self._start = 0
         self._filled = 0
 
     async def view(self, offset: int, nbytes: int, ahead_bytes: int) -> memoryview:
-        """Up to ``nbytes`` from ``offset``, less only at the end; valid until the next call."""
+        """``nbytes`` from ``offset``, less only at the end; valid until the next call."""
         nbytes = min(nbytes, self.end - offset)
         if offset < self._start or offset + nbytes > self._start + self._filled:
-            await self._fill(offset, min(max(nbytes, ahead_bytes), self.end - offset))
+            await self._fill(offset, nbytes, min(max(nbytes, ahead_bytes), self.end - offset))
         first = offset - self._start
-        return self._buffer[first : min(first + nbytes, self._filled)]
+        return self._buffer[first : first + nbytes]
 
-    async def _fill(self, offset: int, nbytes: int) -> None:
+    async def view_ahead(self, offset: int, limit: int) -> memoryview:
+        """A page from ``offset``, or more of what lies before ``limit``."""
+        await self.view(offset, PAGE_BYTES, min(SCAN_WINDOW_BYTES, limit - offset))
+        return self._buffer[offset - self._start : min(limit - self._start, self._filled)]
+
+    async def _fill(self, offset: int, nbytes: int, ahead_bytes: int) -> None:
         self._start, self._filled = offset, 0
-        for length in (nbytes, PAGE_BYTES):
-            try:
-                count = await self._storage.read(
-                    self._file, [self._buffer[:length]], offset, priority=Priority.BACKGROUND
-                )
-            except OSError as exc:
-                if length == PAGE_BYTES:
-                    raise CorruptionError(f"unreadable ({exc.strerror})", path=self._path, offset=offset) from exc
-                continue
-            self._filled = count // PAGE_BYTES * PAGE_BYTES
-            return
+        length = ahead_bytes
+        try:
+            await read_pages(self._storage, self._file, self._buffer[:length], offset)
+        except OSError:
+            if length == nbytes:
+                raise
+            length = nbytes  # the bad page may be behind what is asked for
+            await read_pages(self._storage, self._file, self._buffer[:length], offset)
+        self._filled = length
 
 
 async def scan_records(
@@ -91,18 +115,18 @@ async def scan_records(
     Past a gap it looks for the next valid header up to ``search_bytes`` (``None``: to the end). The
     last item is a gap that is not ``followed``, unless the records end exactly at ``end``.
     """
-    window = _Window(storage, file, entry.path, end)
+    window = _Window(storage, file, end // PAGE_BYTES * PAGE_BYTES)
     position = start
     ahead = HEADER_WINDOW_BYTES
     while position + PAGE_BYTES <= end:
-        header, reason = await _header_at(window, entry, position, ahead)
+        header, reason, unread = await _header_at(window, entry, position, ahead)
         if header is None:
-            limit = end if search_bytes is None else min(end, position + search_bytes)
-            found = await _search(window, entry, position + PAGE_BYTES, limit)
+            limit = window.end if search_bytes is None else min(window.end, position + search_bytes)
+            found, skipped = await _search(window, entry, position + PAGE_BYTES, limit)
+            behind = end if found is None else found.offset
+            yield Gap(position, behind - position, reason, found is not None, unread or skipped)
             if found is None:
-                yield Gap(position, end - position, reason, False)
                 return
-            yield Gap(position, found.offset - position, reason, True)
             header = found
         yield header
         position = header.end
@@ -111,41 +135,47 @@ async def scan_records(
 
 async def _header_at(
     window: _Window, entry: SegmentEntry, position: int, ahead: int
-) -> tuple[fmt.RecordHeader | None, str]:
+) -> tuple[fmt.RecordHeader | None, str, bool]:
+    """The header at ``position``, or why there is none, and whether that is because it could not be read."""
     try:
         view = await window.view(position, PAGE_BYTES, ahead)
-        pages = fmt.header_pages_at(view, path=entry.path, offset=position) if view else 0
+        pages = fmt.header_pages_at(view, path=entry.path, offset=position)
         if not pages:
-            return None, "no record, only zeros"
+            return None, "no record, only zeros", False
         view = await window.view(position, pages * PAGE_BYTES, ahead)
         header = fmt.decode_record(view, entry.identity, path=entry.path, offset=position)
     except CorruptionError as exc:
-        return None, exc.args[0].partition(" in ")[0]
+        return None, exc.args[0].partition(" in ")[0], False
+    except OSError as exc:
+        return None, unreadable_reason(exc), True
     if header is not None and header.end > window.end:
-        return None, "the file ends within a record"
-    return header, ""
+        return None, "the file ends within a record", False
+    return header, "", False
 
 
-async def _search(window: _Window, entry: SegmentEntry, position: int, limit: int) -> fmt.RecordHeader | None:
-    """The next valid header at or after ``position``, page by page."""
-    while position + PAGE_BYTES <= limit:
+async def _search(
+    window: _Window, entry: SegmentEntry, position: int, limit: int
+) -> tuple[fmt.RecordHeader | None, bool]:
+    """The next valid header at or after ``position``, page by page; and whether a page on the way is unreadable."""
+    unread = 0
+    while position + PAGE_BYTES <= limit and unread < UNREADABLE_PAGES_MAX:
         try:
-            view = await window.view(position, min(SCAN_WINDOW_BYTES, limit - position), SCAN_WINDOW_BYTES)
-        except CorruptionError:
+            view = await window.view_ahead(position, limit)
+        except OSError:
+            unread += 1
             position += PAGE_BYTES
             continue
-        if not view:
-            return None
         words = np.frombuffer(view, dtype="<u8")[:: PAGE_BYTES // 8]
         pages = [int(page) for page in np.flatnonzero(words == _MAGIC_WORD)]
         scanned = len(view)
         del view, words
         for page in pages:
-            header, _ = await _header_at(window, entry, position + page * PAGE_BYTES, HEADER_WINDOW_BYTES)
+            header, _, failed = await _header_at(window, entry, position + page * PAGE_BYTES, HEADER_WINDOW_BYTES)
             if header is not None:
-                return header
+                return header, unread > 0
+            unread += failed
         position += scanned
-    return None
+    return None, unread > 0
 
 
 async def check_payload(
@@ -153,7 +183,8 @@ async def check_payload(
 ) -> CorruptionError | None:
     """Read a record's payload through ``buffer`` (a multiple of its chunk) and check it: the damage, or ``None``.
 
-    An unreadable or missing part is damage too.
+    A part behind the end of the file is damage. Raises ``OSError`` for one that cannot be read: that says nothing
+    about its bytes.
     """
     step = len(buffer) // header.chunk_bytes * header.chunk_bytes
     assert step > 0, "the buffer holds at least one chunk"
@@ -161,11 +192,7 @@ async def check_payload(
     start = header.offset + header.header_pages * PAGE_BYTES
     for offset in range(start, header.end, step):
         piece = buffer[: min(step, header.end - offset)]
-        try:
-            count = await storage.read(file, [piece], offset, priority=Priority.BACKGROUND)
-        except OSError as exc:
-            reason = f"payload is unreadable ({exc.strerror})"
-            return CorruptionError(reason, path=entry.path, segment=entry.name, offset=offset)
+        count = await storage.read(file, [piece], offset, priority=Priority.BACKGROUND)
         if count < len(piece):
             return CorruptionError("the file ends within a record", path=entry.path, segment=entry.name, offset=offset)
         crcs.extend(await engine.checksum(piece, header.chunk_bytes))
@@ -183,7 +210,12 @@ async def verify_records(
     buffer = page_buffer(VERIFY_BYTES)
     async for item in scan_records(storage, file, entry, start=PAGE_BYTES, end=end):
         if isinstance(item, fmt.RecordHeader):
-            error = await check_payload(storage, engine, file, entry, item, buffer)
+            try:
+                error = await check_payload(storage, engine, file, entry, item, buffer)
+            except OSError as exc:
+                reason = f"payload is {unreadable_reason(exc)}"
+                error = CorruptionError(reason, path=entry.path, segment=entry.name, offset=item.offset)
+                error.__cause__ = exc
             if error is None or entry.own or item.end <= entry.firm_end:
                 yield item, error
         elif entry.sealed or (item.followed and (entry.own or item.offset < entry.firm_end)):

@@ -28,6 +28,8 @@ class SegmentEntry:
     ``scanned_bytes`` is the offset up to which its facts have been yielded. ``synced_bytes``: its writer
     said in the segment that all below was on stable storage (0: not known). ``writing`` while this
     process's writer has it open: a segment that was given up is neither written nor sealed.
+    ``unreadable``: a read of it failed, so there may be more in it than is known. Until another look
+    succeeds it is left as it is: not sealed, cut, reclaimed or covered by a checkpoint.
     """
 
     number: int
@@ -41,6 +43,7 @@ class SegmentEntry:
     synced_bytes: int = 0
     sealed: bool = False
     writing: bool = False
+    unreadable: bool = False
 
     @property
     def name(self) -> str:

@@ -1,0 +1,171 @@
+"""Recovery on a file system that fails: what could not be read is told, and left exactly as it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import pytest
+
+from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.segments.checkpoint import covers_of
+from cascade_aio.testing.memory import MemoryStorage, Operation
+from tests.segments.harness import QUIET, Block, Process, blocks_of, damages, running, start
+
+Hook = Callable[[Operation], OSError | None]
+COUNT = 6
+
+
+async def crashed(*, sealed_sessions: int = 0, count: int = COUNT) -> tuple[MemoryStorage, list[Block]]:
+    """A killed process: ``count`` acknowledged blocks in each sealed segment and in an open one."""
+    storage = MemoryStorage()
+    blocks: list[Block] = []
+    for session in range(sealed_sessions + 1):
+        seal = session < sealed_sessions
+        async with running(storage, QUIET, seal=seal) as process:
+            await process.facts([])
+            for _ in range(count):
+                block = Block(len(blocks), 20_000, bindings=1)
+                blocks.append(block)
+                process.writer.append(block.pending())
+                await process.writer.flush()
+    return MemoryStorage(storage.disk), blocks
+
+
+def failing(matches: Callable[[Operation], bool], *, times: int = 1 << 30) -> Hook:
+    left = times
+
+    def hook(operation: Operation) -> OSError | None:
+        nonlocal left
+        concerned = operation.name in ("read", "open") and operation.path.endswith(".seg") and not operation.after
+        if left and concerned and matches(operation):
+            left -= 1
+            return OSError(errno.EIO, os.strerror(errno.EIO), operation.path)
+        return None
+
+    return hook
+
+
+def bytes_of(storage: MemoryStorage) -> dict[str, bytes]:
+    return {path: storage.disk.content(path) for path in storage.disk.files if path.endswith(".seg")}
+
+
+async def look(storage: MemoryStorage, hook: Hook | None = None) -> tuple[Process, set[bytes], int]:
+    """Open and recover once, not closing cleanly: the process, the blocks told and how much damage."""
+    again = MemoryStorage(storage.disk)
+    again.hooks += [hook] if hook is not None else []
+    process = await start(again)
+    facts = await process.facts()
+    await process.table.aclose()
+    process.claim.release()
+    return process, set(blocks_of(facts)), len(damages(facts))
+
+
+@pytest.mark.parametrize("sealed_sessions", [0, 3])
+async def test_a_storm_of_read_errors_at_opening_changes_no_segment(sealed_sessions: int) -> None:
+    storage, blocks = await crashed(sealed_sessions=sealed_sessions)
+    before = bytes_of(storage)
+    process, found, reported = await look(storage, failing(lambda operation: operation.name == "read"))
+    assert bytes_of(storage) == before
+    assert not found
+    assert reported >= len(before), "nothing vanishes without a word"
+    assert process.recovery.report.unreadable == len(before)
+    assert all(entry.unreadable for entry in process.table)
+    assert covers_of(process.table) == ([], {}), "no checkpoint says that it knows these segments"
+    process, found, reported = await look(storage)
+    assert (found, reported) == ({block.block_id for block in blocks}, 0)
+    assert not any(entry.unreadable for entry in process.table)
+    assert process.recovery.report.sealed == 1
+
+
+async def test_each_single_read_error_at_opening_loses_nothing() -> None:
+    """The n-th read of a segment fails, for every n, whatever it was for."""
+    for sealed_sessions in (0, 1):
+        pristine, blocks = await crashed(sealed_sessions=sealed_sessions)
+        n, reached = 0, True
+        while reached:
+            storage = pristine.kill()
+            before = bytes_of(storage)
+            count = 0
+
+            def is_nth(_: Operation, n: int = n) -> bool:
+                nonlocal count
+                count += 1
+                return count == n + 1
+
+            process, _, reported = await look(storage, failing(is_nth))
+            reached = count > n
+            unreadable = [entry for entry in process.table if entry.unreadable]
+            assert bool(unreadable) <= bool(reported), n
+            for entry in unreadable:
+                assert storage.disk.content(entry.path) == before[entry.path], n
+            _, found, reported = await look(storage)
+            assert (found, reported) == ({block.block_id for block in blocks}, 0), n
+            n += 1
+        assert n > COUNT
+
+
+async def test_one_unreadable_payload_of_an_open_segment_neither_cuts_nor_seals_it() -> None:
+    storage, blocks = await crashed()
+    before = bytes_of(storage)
+    (path,) = before
+    payload = blocks[-1].locations[0].page * PAGE_BYTES + PAGE_BYTES
+
+    def covers_payload(operation: Operation) -> bool:
+        return operation.name == "read" and operation.offset == payload
+
+    process, found, reported = await look(storage, failing(covers_payload, times=1))
+    assert bytes_of(storage) == before
+    assert (len(found), reported) == (COUNT, 1), "its header was read: it is told, and reading decides"
+    assert [entry.unreadable for entry in process.table] == [True]
+    assert process.table[0].record_bytes == sum(block.record_bytes for block in blocks)
+    _, found, reported = await look(storage)
+    assert (len(found), reported) == (COUNT, 0)
+    assert len(bytes_of(storage)[path]) != len(before[path]), "sealed by an opening that could read everything"
+
+
+async def test_an_unreadable_page_behind_the_records_is_not_cut_off() -> None:
+    storage, blocks = await crashed()
+    before = bytes_of(storage)
+    end = blocks[-1].locations[0].page * PAGE_BYTES + blocks[-1].record_bytes
+    bad = end + 40 * PAGE_BYTES
+
+    def covers_bad(operation: Operation) -> bool:
+        return operation.offset <= bad < operation.offset + operation.nbytes
+
+    process, found, reported = await look(storage, failing(covers_bad))
+    assert bytes_of(storage) == before
+    assert (len(found), reported) == (COUNT, 1)
+    assert process.table[0].unreadable
+    assert process.table[0].record_bytes == end - PAGE_BYTES, "the unreadable rest is no record"
+
+
+async def test_a_segment_that_cannot_be_opened_is_not_taken_for_an_empty_one() -> None:
+    storage, _ = await crashed(sealed_sessions=1)
+    process, found, reported = await look(storage, failing(lambda operation: operation.name == "open"))
+    assert not found
+    assert reported == 2
+    assert [entry.unreadable for entry in process.table] == [True, True]
+    assert all(entry.size_bytes == len(storage.disk.content(entry.path)) for entry in process.table)
+
+
+async def test_a_lost_segment_header_does_not_cost_the_records_below() -> None:
+    storage, blocks = await crashed()
+    (path,) = bytes_of(storage)
+    storage.disk.poke(path, 0, bytes(PAGE_BYTES))
+    _, found, reported = await look(storage)
+    assert (found, reported) == ({block.block_id for block in blocks}, 1)
+
+
+async def test_another_writers_unreadable_segment_is_read_again_by_refresh() -> None:
+    storage, blocks = await crashed(sealed_sessions=1)
+    again = MemoryStorage(storage.disk)
+    hook = failing(lambda operation: operation.name == "read")
+    again.hooks.append(hook)
+    process = await start(again, host="elsewhere")
+    assert not blocks_of(await process.facts())
+    again.hooks.remove(hook)
+    assert set(blocks_of(await process.refresh())) == {block.block_id for block in blocks}
+    assert not any(entry.unreadable for entry in process.table)
+    await process.table.aclose()
