@@ -21,13 +21,16 @@ from cascade_aio.abc.storage import PAGE_BYTES, File, Storage
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.buffers import page_buffer
 from cascade_aio.segments.footer import FooterTables
-from cascade_aio.segments.pending import Append
+from cascade_aio.segments.pending import Append, TicketFifo
 from cascade_aio.segments.table import SegmentEntry
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Placed:
-    """A record with its place. ``appends`` is what it carries (several for a NOTE), ``buffer`` its bytes."""
+    """A record with its place. ``appends`` is what it carries (several for a NOTE, by ticket), ``buffer`` its bytes.
+
+    Places are not in order of ticket: notes go before records, and what a failed segment held comes later.
+    """
 
     header: fmt.RecordHeader
     appends: Sequence[Append]
@@ -71,6 +74,8 @@ class ActiveSegment:
         self._file = file
         self._writes: collections.deque[Write] = collections.deque()
         self._unsettled: collections.deque[Placed] = collections.deque()
+        self._unwritten_tickets = TicketFifo()
+        self._unsettled_tickets = TicketFifo()
         self._tables = FooterTables()
 
     @property
@@ -84,11 +89,12 @@ class ActiveSegment:
     @property
     def first_unwritten_ticket(self) -> int | None:
         """The oldest append whose bytes are not written yet."""
-        return self._writes[0].ticket if self._writes else None
+        return self._unwritten_tickets.smallest
 
     @property
-    def first_unsettled(self) -> Placed | None:
-        return self._unsettled[0] if self._unsettled else None
+    def first_unsettled_ticket(self) -> int | None:
+        """The oldest append that is placed here and not durable yet."""
+        return self._unsettled_tickets.smallest
 
     # -- users: writes in flight and the placer while it is at work -----------------------------
 
@@ -112,10 +118,12 @@ class ActiveSegment:
         fmt.encode_record(placed.buffer[: header.header_pages * PAGE_BYTES], header, self.entry.identity)
         self.placed = header.end
         self._unsettled.append(placed)
+        self._unsettled_tickets.push(placed.first_ticket)
 
     def plan(self, write: Write) -> None:
-        """Announce a write, in order of offset, before any of them is started."""
+        """Announce a write, in order of offset, before any of them is started. Its ticket is final."""
         self._writes.append(write)
+        self._unwritten_tickets.push(write.ticket)
 
     async def write(self, write: Write) -> None:
         """Do a planned write. Raises ``OSError``."""
@@ -125,6 +133,7 @@ class ActiveSegment:
             self.unsynced_since_s = asyncio.get_running_loop().time()
         while self._writes and self._writes[0].done:
             done = self._writes.popleft()
+            self._unwritten_tickets.pop(done.ticket)
             self.written = done.offset + done.nbytes
 
     async def sync(self) -> list[Placed]:
@@ -141,6 +150,7 @@ class ActiveSegment:
         settled = []
         while self._unsettled and self._unsettled[0].end <= self.synced:
             placed = self._unsettled.popleft()
+            self._unsettled_tickets.pop(placed.first_ticket)
             self._tables.add(placed.header)
             settled.append(placed)
         self.entry.size_bytes = self.entry.scanned_bytes = self.synced
@@ -154,6 +164,8 @@ class ActiveSegment:
         orphans = list(self._unsettled)
         self._unsettled.clear()
         self._writes.clear()
+        self._unsettled_tickets.clear()
+        self._unwritten_tickets.clear()
         return orphans
 
     # -- the end -------------------------------------------------------------------------------

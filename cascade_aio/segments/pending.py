@@ -54,6 +54,33 @@ class Append:
     settled: bool = False
 
 
+class TicketFifo:
+    """The smallest of the tickets in a first-in first-out line, O(1) amortized, whatever their order.
+
+    Only those that no later and smaller one outlives are kept.
+    """
+
+    def __init__(self) -> None:
+        self._smallest: collections.deque[int] = collections.deque()
+
+    @property
+    def smallest(self) -> int | None:
+        return self._smallest[0] if self._smallest else None
+
+    def push(self, ticket: int) -> None:
+        while self._smallest and self._smallest[-1] > ticket:
+            self._smallest.pop()
+        self._smallest.append(ticket)
+
+    def pop(self, ticket: int) -> None:
+        """The one that was pushed first leaves: it is ``ticket``."""
+        if self._smallest[0] == ticket:
+            self._smallest.popleft()
+
+    def clear(self) -> None:
+        self._smallest.clear()
+
+
 class PendingQueue:
     """Tickets, the two queues to be placed (records, note entries), and waiting flushes."""
 
@@ -75,11 +102,15 @@ class PendingQueue:
         self.backlog_bytes += append.nbytes
 
     def push_back(self, orphans: Sequence[Append]) -> None:
-        """Queue appends of a failed segment again, before everything younger."""
+        """Queue appends of a failed segment again, in order of ticket with those of other failed segments."""
         for queue, wants_record in ((self.records, True), (self.notes, False)):
             mine = [append for append in orphans if (append.record is not None) is wants_record]
-            queue.extendleft(reversed(mine))
             self.queued_bytes += sum(append.nbytes for append in mine)
+            newest = max((append.ticket for append in mine), default=0)
+            while queue and queue[0].ticket < newest:
+                mine.append(queue.popleft())
+            mine.sort(key=_ticket_of)
+            queue.extendleft(reversed(mine))
 
     @property
     def first_queued(self) -> Append | None:
@@ -135,3 +166,7 @@ class PendingQueue:
         self.settled_ticket = self.last_ticket
         self._waiters.clear()
         return rest
+
+
+def _ticket_of(append: Append) -> int:
+    return append.ticket

@@ -470,6 +470,7 @@ class SegmentWriter:
                 writes.append(last)
                 space = self.limits.write_bytes_max
             piece, rest = rest[:space], rest[space:]
+            last.ticket = min(last.ticket, placed.first_ticket)
             last.buffers.append(piece)
             last.nbytes += len(piece)
             offset += len(piece)
@@ -498,13 +499,13 @@ class SegmentWriter:
     def _sync_in_s(self) -> float | None:
         """When the active segment is to be synced: seconds from now, ``None`` for not before it is woken."""
         segment = self._active
-        if segment is None or not segment.unsynced_bytes or segment.first_unsettled is None:
+        first = None if segment is None else segment.first_unsettled_ticket
+        if segment is None or not segment.unsynced_bytes or first is None:
             return None
         if segment.unsynced_bytes >= self.limits.sync_bytes:
             return 0.0
         wanted = self._pending.first_wanted
-        first = segment.first_unsettled
-        if wanted is not None and first.first_ticket <= wanted:
+        if wanted is not None and first <= wanted:
             unwritten = segment.first_unwritten_ticket
             queued = self._pending.first_queued
             if (unwritten is None or unwritten > wanted) and (queued is None or queued.ticket > wanted):

@@ -7,7 +7,11 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import pytest
+
 from cascade_aio.errors import TierFullError
+from cascade_aio.segments import format as fmt
+from cascade_aio.segments.pending import Append, PendingQueue, TicketFifo
 from cascade_aio.segments.writer import WriterLimits
 from cascade_aio.testing.memory import MemoryStorage
 from cascade_aio.testing.world import fail_with, virtual_loop
@@ -60,3 +64,49 @@ def test_no_space_for_an_older_segment_is_forgotten_when_the_active_one_takes_mo
             await process.writer.flush()
 
     run(story)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_note_younger_than_the_flush_does_not_delay_it(turns: int) -> None:
+    async def story(process: Process) -> None:
+        append(process, 1, nbytes=3000)
+        started_s = now_s()
+        flushing = asyncio.ensure_future(process.writer.flush())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        process.writer.append_note((), [fmt.Tombstone(bytes(16), 1)])
+        append(process, 2, nbytes=3000)
+        await flushing
+        assert now_s() == started_s
+
+    run(story)
+
+
+def test_what_two_failed_segments_held_is_queued_by_ticket_in_either_order() -> None:
+    for older_first in (True, False):
+        queue = PendingQueue()
+        appends = [Append(ticket, 0, 0.0, None if ticket % 3 else Block(ticket).pending()) for ticket in range(1, 25)]
+        for pending in appends:
+            queue.push(pending)
+        queue.records.clear()
+        queue.notes.clear()
+        for pending in appends[20:]:
+            (queue.notes if pending.record is None else queue.records).append(pending)
+        orphans = [appends[:10], appends[10:20]]
+        for some in orphans if older_first else reversed(orphans):
+            queue.push_back(some)
+        assert queue.first_queued is appends[0]
+        assert list(queue.records) == [pending for pending in appends if pending.record is not None]
+        assert list(queue.notes) == [pending for pending in appends if pending.record is None]
+
+
+def test_the_smallest_ticket_of_a_line_is_known_whatever_their_order() -> None:
+    line, fifo = [], TicketFifo()
+    for number in range(500):
+        ticket = number * 7919 % 31  # all orders, and equal ones
+        line.append(ticket)
+        fifo.push(ticket)
+        assert fifo.smallest == min(line)
+        if number % 3:
+            fifo.pop(line.pop(0))
+            assert fifo.smallest == min(line, default=None)
