@@ -23,6 +23,9 @@ TRAILER_MAGIC = b"cscdTAIL"
 DAMAGED = 3
 """Kind of a footer row that stands for a range its sealer could not read."""
 
+SEALED_DAMAGE = "damaged when the segment was sealed"
+"""Why a ``DamageFact`` of such a row is told."""
+
 FOOTER_BYTES_MAX = 1 << 30
 """A longer footer is damage: a segment of 1 TiB of 64 KiB records has as much."""
 
@@ -148,8 +151,7 @@ def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) ->
         if kind == fmt.BLOCK:
             yield BlockFact(location, record_bytes, digest, key_bytes, value_bytes, stamp, False)
         elif kind == DAMAGED:
-            reason = "damaged when the segment was sealed"
-            yield DamageFact(path, trailer.identity.name, page * PAGE_BYTES, record_bytes, reason)
+            yield DamageFact(path, trailer.identity.name, page * PAGE_BYTES, record_bytes, SEALED_DAMAGE)
         while binding is not None and binding[0] == row:
             _, _, block_id, key, parent, at = binding
             yield BindingFact(location, block_id, key, None if parent == fmt.NO_PARENT else parent, at, False)

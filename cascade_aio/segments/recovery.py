@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 
@@ -25,7 +26,7 @@ from cascade_aio.segments.active import seal_file
 from cascade_aio.segments.buffers import page_buffer, page_padded
 from cascade_aio.segments.checkpoint import Cover
 from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, TombstoneFact, VanishedFact
-from cascade_aio.segments.footer import FooterTables, Trailer, decode_trailer, footer_facts, record_facts
+from cascade_aio.segments.footer import SEALED_DAMAGE, FooterTables, Trailer, decode_trailer, footer_facts, record_facts
 from cascade_aio.segments.layout import Root, WriterClaim, list_segments, list_writers
 from cascade_aio.segments.scan import (
     VERIFY_BYTES,
@@ -44,9 +45,28 @@ SEARCH_BYTES_REFRESH = 0
 """A refresh does not look behind a hole: its writer is about to fill it."""
 
 
+TORN_LISTED_MAX = 64
+"""Torn records that a report names; beyond, they are only counted."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TornRecord:
+    """A record with a sound header whose payload was read and is not what its header says."""
+
+    path: str
+    offset: int
+    record_bytes: int
+    reason: str
+
+
 @dataclasses.dataclass(slots=True)
 class RecoveryReport:
-    """What recovery did, for statistics and logs."""
+    """What recovery did, for statistics and logs.
+
+    ``torn_records`` of own segments, the first of them in ``torn``: writes that a crash cut short, or
+    damage in what was acknowledged after the last sync that a later header speaks of. Nothing on disk
+    tells which.
+    """
 
     segments: int = 0
     from_footer: int = 0
@@ -58,6 +78,7 @@ class RecoveryReport:
     seal_failures: int = 0
     damaged: int = 0
     unreadable: int = 0
+    torn: list[TornRecord] = dataclasses.field(default_factory=list)
 
 
 class Recovery:
@@ -115,11 +136,30 @@ class Recovery:
                 yield VanishedFact(entry.number)
 
     async def facts_of(self, number: int) -> AsyncIterator[Fact]:
-        """Everything a sealed segment says, once more and from its start: before it is removed."""
-        entry = dataclasses.replace(self._table[number], scanned_bytes=0)
+        """Everything a sealed segment says, once more and from its start: before it is removed.
+
+        Raises ``OSError`` if not all of it can be read, ``CorruptionError`` if it is damaged otherwise than its
+        sealer knew: it is not to be removed then, because it may say more. Its entry becomes ``unreadable``.
+        """
+        told = self._table[number]
+        entry = dataclasses.replace(told, scanned_bytes=0, unreadable=False)
         recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, RecoveryReport())
-        async for fact in recovery.facts(adopt=False, search_bytes=None):
-            yield fact
+        try:
+            async for fact in recovery.facts(adopt=False, search_bytes=None):
+                if isinstance(fact, DamageFact):
+                    if fact.reason == SEALED_DAMAGE:
+                        continue  # reported at every opening, and lost whether the file stays or goes
+                    if entry.unreadable:
+                        raise OSError(errno.EIO, fact.reason, fact.path)
+                    raise CorruptionError(fact.reason, path=fact.path, segment=fact.segment, offset=fact.offset)
+                yield fact
+            if entry.unreadable:
+                raise OSError(errno.EIO, "not all of the segment can be read", entry.path)
+        except FileNotFoundError:
+            raise
+        except (OSError, CorruptionError):
+            told.unreadable = True
+            raise
 
     def _is_own(self, identity: fmt.SegmentIdentity) -> bool:
         return self._claim is not None and identity.writer == self._claim.writer
@@ -366,7 +406,7 @@ class SegmentRecovery:
                 sound.append(item)
             else:
                 torn.append(item.offset)
-        self._report.torn_records += len(torn)
+                self._report_torn(item, damage)
         if not sound:
             return
         durable = not self._entry.unreadable
@@ -381,6 +421,12 @@ class SegmentRecovery:
             for fact in self._accept(item, provisional=not durable):
                 yield fact
         self._sealable = durable
+
+    def _report_torn(self, header: fmt.RecordHeader, damage: CorruptionError) -> None:
+        report = self._report
+        report.torn_records += 1
+        if len(report.torn) < TORN_LISTED_MAX:
+            report.torn.append(TornRecord(self._entry.path, header.offset, header.record_bytes, str(damage)))
 
     async def _filled(self, sound: list[fmt.RecordHeader | Gap], torn: list[int]) -> list[fmt.RecordHeader | Gap]:
         """``sound`` with empty notes, written to the file, wherever something is missing. Raises ``OSError``.

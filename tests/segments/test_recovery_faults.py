@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.errors import CorruptionError
 from cascade_aio.segments.checkpoint import covers_of
+from cascade_aio.segments.facts import BlockFact
 from cascade_aio.testing.memory import MemoryStorage, Operation
 from tests.segments.harness import QUIET, Block, Process, blocks_of, damages, running, start
 
@@ -169,3 +171,45 @@ async def test_another_writers_unreadable_segment_is_read_again_by_refresh() -> 
     assert set(blocks_of(await process.refresh())) == {block.block_id for block in blocks}
     assert not any(entry.unreadable for entry in process.table)
     await process.table.aclose()
+
+
+async def test_the_facts_of_a_segment_that_is_to_be_removed_are_all_of_them_or_an_error() -> None:
+    storage, blocks = await crashed(sealed_sessions=1)
+    process, _, _ = await look(storage)
+    entry = process.table[0]
+    assert {f.block_id async for f in process.recovery.facts_of(0) if isinstance(f, BlockFact)} == {
+        block.block_id for block in blocks[:COUNT]
+    }
+    for matches in (
+        lambda operation: operation.name == "open",
+        lambda operation: operation.offset == entry.data_end,
+        lambda operation: operation.offset == entry.size_bytes - PAGE_BYTES,
+        lambda operation: operation.name == "read" and operation.offset == 0,
+    ):
+        await process.table.aclose()
+        hook = failing(matches)
+        process.storage.hooks.append(hook)
+        with pytest.raises(OSError, match=r"unreadable|Input/output"):
+            [fact async for fact in process.recovery.facts_of(0)]
+        process.storage.hooks.remove(hook)
+        assert entry.unreadable, "so that nobody takes it again"
+        entry.unreadable = False
+    bad = blocks[2].locations[0].page * PAGE_BYTES
+    process.storage.disk.poke(entry.path, entry.data_end, b"no footer")
+    process.storage.disk.poke(entry.path, bad, bytes(PAGE_BYTES))
+    with pytest.raises(CorruptionError):
+        [fact async for fact in process.recovery.facts_of(0)]
+    await process.table.aclose()
+
+
+async def test_a_rotten_payload_of_the_last_acknowledged_group_is_named() -> None:
+    storage, blocks = await crashed()
+    (path,) = bytes_of(storage)
+    offset = blocks[-1].locations[0].page * PAGE_BYTES
+    storage.disk.flip_bit(path, 8 * (offset + PAGE_BYTES + 100))
+    process, found, _ = await look(storage)
+    assert len(found) == COUNT - 1
+    assert process.recovery.report.torn_records == 1
+    assert [(torn.path, torn.offset, torn.record_bytes) for torn in process.recovery.report.torn] == [
+        (path, offset, blocks[-1].record_bytes)
+    ]
