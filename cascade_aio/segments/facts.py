@@ -97,6 +97,11 @@ class FactMerger:
         """The smallest stamp that a new record or binding of this id needs to be live."""
         return self._tombstones.get(block_id, -1) + 1
 
+    def forget(self, block_id: bytes, stamp: int) -> None:
+        """This tombstone, unless a newer one is known, is not needed any more: no segment holds what it deletes."""
+        if self._tombstones.get(block_id) == stamp:
+            del self._tombstones[block_id]
+
     def tombstones(self) -> dict[bytes, int]:
         """Newest tombstone of each id, for the checkpoint."""
         return dict(self._tombstones)

@@ -61,6 +61,8 @@ class DiskTier:
         self._backlog_closed: BaseException | None = None
         self.over_budget: Callable[[], bool] = lambda: False
         """Whether files are over their budget and some are about to be removed: then nothing more is let in."""
+        self.settled_stamp = 0
+        """Everything appended before a stamp up to this one was made is durable."""
         self._batches: dict[Priority, _Batch] = {}
 
     def stamp(self) -> int:
@@ -132,7 +134,9 @@ class DiskTier:
 
     async def flush(self) -> None:
         """Everything appended so far is durable when this returns; errors as ``SegmentWriter.flush``."""
+        stamp = self.clock.last
         await self.writer.flush()
+        self.settled_stamp = max(self.settled_stamp, stamp)
 
     def expedite(self) -> None:
         """Somebody waits for arena room that only durable records can give."""

@@ -1,0 +1,219 @@
+"""The disk budget under failure: nothing kept is lost, nothing blocks for ever, nothing grows without bound."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+import cascade_aio as ca
+from cascade_aio.errors import BrokenTierError, TierFullError
+from cascade_aio.segments.facts import TombstoneFact
+from cascade_aio.store.space import SpaceKeeper
+from cascade_aio.store.store import Store
+from cascade_aio.testing.world import World, cancel_others, check_invariants, pseudo_bytes, virtual_loop
+
+MIB = 1 << 20
+BUDGET_BYTES = 8 * MIB
+
+
+def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    loop = virtual_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(story())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+async def kill(world: World) -> None:
+    """Every process ends where it is; the disk keeps what was written."""
+    world.disk = world.disk.kill()
+    for storage in world.storages:
+        storage.freeze_at = 0
+    await cancel_others()
+    world.storages.clear()
+
+
+async def put(store: Store, name: str, nbytes: int = 60_000, **options: Any) -> ca.BlockId:
+    return await store.put(name.encode(), pseudo_bytes(name, nbytes), **options)
+
+
+async def put_until_refused(store: Store) -> None:
+    for i in range(200):
+        await put(store, f"cold {i}")
+        await store.flush()
+
+
+def disk(store: Store) -> dict[str, Any]:
+    found: dict[str, Any] = store.statistics()["disk"]
+    return found
+
+
+async def facts(store: Store) -> list[Any]:
+    """Everything that this store's files say."""
+    return [
+        fact
+        for entry in store._context.disk.table
+        if entry.own
+        async for fact in store._context.recovery.facts_of(entry.number)
+    ]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_rewritten_block_survives_a_flush_that_fails(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        world = World(shm_bytes=16 * MIB, disk_bytes=BUDGET_BYTES)
+        store = await world.open()
+        hot = await put(store, "hot")
+        await store.flush()
+        lease = await store.get(hot)
+        armed = False
+        original = SpaceKeeper._reclaim
+
+        async def reclaim(keeper: SpaceKeeper) -> bool:
+            nonlocal armed
+            armed = True
+            return await original(keeper)
+
+        def fail(operation: Any) -> OSError | None:
+            failing = armed and not operation.after and operation.name in ("create", "write", "sync")
+            return OSError(code, "no", operation.path) if failing else None
+
+        monkeypatch.setattr(SpaceKeeper, "_reclaim", reclaim)
+        world.storage.hooks.append(fail)
+        with pytest.raises((TierFullError, BrokenTierError)):
+            await put_until_refused(store)
+        await asyncio.sleep(20)
+        assert armed
+        check_invariants(store)
+        lease.release()
+        await kill(world)
+        store = await world.open()
+        assert hot in store
+        async with store.get(hot) as found:
+            assert bytes(found.value) == pseudo_bytes("hot", 60_000)
+        await store.aclose()
+
+    run(story)
+
+
+def test_puts_go_on_when_segments_end_long_after_their_last_record() -> None:
+    async def story() -> None:
+        world = World(shm_bytes=32 * MIB, disk_bytes=BUDGET_BYTES)
+        store = await world.open()
+        world.storage.hooks.append(
+            lambda operation: asyncio.sleep(0.2) if operation.name == "truncate" and not operation.after else None
+        )
+        await asyncio.gather(*(put(store, str(i), 2 * MIB) for i in range(6)))
+        await store.flush()
+        await asyncio.sleep(30)
+        for i in range(3):
+            await put(store, f"later {i}", 2 * MIB)
+        await store.flush()
+        await asyncio.sleep(5)
+        assert disk(store)["used_bytes"] <= BUDGET_BYTES
+        await store.aclose()
+
+    run(story)
+
+
+def test_a_lower_budget_on_a_full_disk_is_reached() -> None:
+    async def story() -> None:
+        world = World(shm_bytes=2 * MIB)
+        store = await world.open()
+        deleted, i = [], 0
+        while disk(store)["segments"] < 13:
+            block_id = await put(store, str(i))
+            await store.flush()
+            if i % 7 == 6:
+                await store.delete(block_id)
+                deleted.append(block_id)
+            i += 1
+        await store.aclose()
+        world.disk.capacity_bytes = world.disk.allocated_bytes
+        store = await world.open(disk_bytes=BUDGET_BYTES)
+        await asyncio.sleep(1000)
+        check_invariants(store)
+        assert disk(store)["used_bytes"] <= BUDGET_BYTES
+        assert disk(store)["live_bytes"] >= BUDGET_BYTES // 4
+        assert disk(store)["writer"]["notes"] <= 2 * len(deleted)
+        await put(store, "after")
+        await store.flush()
+        await kill(world)
+        store = await world.open(disk_bytes=BUDGET_BYTES)
+        assert not [block_id for block_id in deleted if block_id in store]
+        await store.aclose()
+
+    run(story)
+
+
+def test_a_segment_that_could_not_be_opened_is_not_removed() -> None:
+    async def story() -> None:
+        world = World(shm_bytes=2 * MIB)
+        store = await world.open()
+        kept = await put(store, "kept")
+        await store.aclose()
+        (path,) = [path for path in world.disk.files if path.endswith(".seg")]
+        for name in [name for name in world.disk.files if "checkpoint" in name]:
+            del world.disk.files[name]
+        world.settings["disk_bytes"] = BUDGET_BYTES
+
+        def refuse(operation: Any) -> OSError | None:
+            failing = operation.path == path and operation.name == "open" and not operation.after
+            return OSError(errno.EMFILE, "too many", path) if failing else None
+
+        opening = world.open
+        storages = world.storages
+
+        class Storages(list[Any]):
+            def append(self, storage: Any) -> None:
+                storage.hooks.append(refuse)
+                super().append(storage)
+
+        world.storages = Storages(storages)
+        store = await opening()
+        for i in range(300):
+            await put(store, f"more {i}")
+        await store.flush()
+        await asyncio.sleep(5)
+        assert disk(store)["reclaimed_segments"] > 3
+        assert path in world.disk.files
+        world.storages = list(world.storages)
+        await store.aclose()
+        world.settings["disk_bytes"] = 64 * MIB
+        store = await world.open()
+        await store.verify()
+        assert path in world.disk.files
+        assert kept is not None
+        await store.aclose()
+
+    run(story)
+
+
+def test_tombstones_of_one_block_are_merged_and_dropped() -> None:
+    async def story() -> None:
+        world = World(shm_bytes=2 * MIB, disk_bytes=BUDGET_BYTES)
+        store = await world.open()
+        for _ in range(600):
+            await store.delete(await put(store, "again"))
+            await store.flush()
+        for i in range(400):
+            await put(store, f"filler {i}")
+        await store.flush()
+        await asyncio.sleep(5)
+        tombstones = [fact for fact in await facts(store) if isinstance(fact, TombstoneFact)]
+        assert len(tombstones) <= 1
+        assert len(store._context.merger.facts.tombstones()) <= 1
+        again = ca.compute_block_id(b"again", pseudo_bytes("again", 60_000))
+        assert again not in store
+        await kill(world)
+        store = await world.open()
+        assert again not in store
+        await store.aclose()
+
+    run(story)
