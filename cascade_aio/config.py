@@ -121,6 +121,8 @@ class StoreConfig:
     stripe: Literal["auto", "off"] = "auto"
     index_blocks_max: int = 1 << 23
     """Blocks the index may hold, those of other writers of the root included; reserves address space, not memory."""
+    eviction: Literal["prefix-lru", "hit-density"] = "prefix-lru"
+    """Which blocks leave a full tier: ``prefix-lru`` is the cheapest, ``hit-density`` learns when blocks come back."""
     may_lose_unflushed: bool = False
     """Evict unwritten blocks from the arena without writing them."""
     register_buffers: bool = True

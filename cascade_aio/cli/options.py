@@ -43,6 +43,7 @@ SETTING_HELP = {
     "stripe_bytes": "Lustre stripe size.",
     "stripe": "auto or off.",
     "index_blocks_max": "Blocks the index may hold, of all writers of the root.",
+    "eviction": "prefix-lru or hit-density: which blocks leave a full tier.",
     "may_lose_unflushed": "Evict unwritten blocks without writing them.",
     "register_buffers": "Register the arena with io_uring.",
 }

@@ -65,6 +65,7 @@ class BlockIndex:
         self._header_pages_array = reserve(capacity_max, np.uint8)
         self._flags_array = reserve(capacity_max, np.uint8)
         self._digests = memoryview(self._digest_array).cast("B")
+        self._digest_words = memoryview(self._digest_array)
         self._key_bytes = memoryview(self._key_bytes_array)
         self._value_bytes = memoryview(self._value_bytes_array)
         self._stamp = memoryview(self._stamp_array)
@@ -220,6 +221,12 @@ class BlockIndex:
     def parent_row(self, row: int) -> int:
         """The block before this one in a prompt: what the parent of its oldest name names, or -1."""
         return self._bindings.parent_row(row)
+
+    def identity(self, row: int) -> int:
+        """64 bits that name the block also after it was forgotten and came back: of its oldest prefix key, which
+        recomputed bytes keep, or of its digest."""
+        word = self._bindings.first_word(row)
+        return word if word >= 0 else self._digest_words[row * CELL_WORDS]
 
     def rows(self) -> Iterator[int]:
         """Live rows, ascending. The index may change meanwhile: then a row added or removed while

@@ -48,6 +48,7 @@ class PrefixBindings:
         self._stamp_array = reserve(slots_max, np.uint64)
         self._first_array = reserve(rows_max, np.uint32)
         self._keys = memoryview(self._key_array).cast("B")
+        self._key_words = memoryview(self._key_array)
         self._row = memoryview(self._row_array)
         self._parent = memoryview(self._parent_array)
         self._next = memoryview(self._next_array)
@@ -77,7 +78,8 @@ class PrefixBindings:
         wanted = (slot < 0) + (parent is not None and above < 0)
         if wanted > self._slots_max - self._used + len(self._free):
             raise TierFullError(
-                f"the index holds {self._slots_max} prefix keys, its limit; open the store with larger index_blocks_max or delete blocks"
+                f"the index holds {self._slots_max} prefix keys, its limit; open the store with larger "
+                "index_blocks_max or delete blocks"
             )
         if slot < 0:
             slot = self._new_slot(prefix)
@@ -146,6 +148,11 @@ class PrefixBindings:
             return -1
         found = self._row[above - 1] - 1
         return found if found != row else -1  # equal blocks in a row of a prompt
+
+    def first_word(self, row: int) -> int:
+        """64 bits of the oldest name of ``row``; -1 if it has none."""
+        first = self._first[row]
+        return int(self._key_words[(first - 1) * CELL_WORDS]) if first else -1
 
     def __len__(self) -> int:
         """Bindings, without placeholders."""

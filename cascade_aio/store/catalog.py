@@ -176,7 +176,10 @@ class Catalog:
         self.copies[row] = copy
         self.hot[copy.block_id] = copy
         self.copy_bytes += copy.extent.nbytes
-        self.shm_policy.admit(row, parent=self.index.parent_row(row), nbytes=copy.extent.nbytes)
+        index = self.index
+        self.shm_policy.admit(
+            row, parent=index.parent_row(row), nbytes=copy.extent.nbytes, identity=index.identity(row)
+        )
         if copy.holds:
             self.shm_policy.pin(row)
             self.pinned_bytes += copy.extent.nbytes
@@ -273,7 +276,8 @@ class Catalog:
         entry = self.segments.get(location[0])
         own = entry is not None and entry.own
         if own and row not in policy:
-            policy.admit(row, parent=self.index.parent_row(row), nbytes=self.record_bytes(row, location[2]))
+            index, nbytes = self.index, self.record_bytes(row, location[2])
+            policy.admit(row, parent=index.parent_row(row), nbytes=nbytes, identity=index.identity(row))
         elif not own and row in policy:
             policy.remove(row)
 

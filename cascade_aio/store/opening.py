@@ -17,10 +17,12 @@ from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any
 
+from cascade_aio.abc.eviction import EvictionPolicy
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import StoreConfig, arena_name, format_size, make_config
 from cascade_aio.core.clock import HybridClock
 from cascade_aio.core.eviction import PrefixLru
+from cascade_aio.core.policies import HitDensity
 from cascade_aio.errors import ConfigError
 from cascade_aio.io.engine import EngineLimits
 from cascade_aio.io.platform import open_platform
@@ -42,6 +44,9 @@ from cascade_aio.store.store import Store
 from cascade_aio.tiers.arena import Arena, open_arena
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
+
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"prefix-lru": PrefixLru, "hit-density": HitDensity}
+"""By the name that the setting ``eviction`` gives them; each tier has its own."""
 
 SEGMENTS_PER_BUDGET_MIN = 8
 """With a disk budget, segments are at most this part of it, so that space comes back in small steps."""
@@ -144,8 +149,9 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     undo.push(table.aclose)
     loop = asyncio.get_running_loop()
     shm = ShmTier(arena, platform.engine, storage, register=config.register_buffers)
-    disk_policy = None if config.disk_bytes is None else PrefixLru()
-    catalog = Catalog(shm, table, PrefixLru(), disk_policy, blocks_max=config.index_blocks_max)
+    policy = POLICIES[config.eviction]
+    disk_policy = None if config.disk_bytes is None else policy()
+    catalog = Catalog(shm, table, policy(), disk_policy, blocks_max=config.index_blocks_max)
     backlog_bytes_max = config.shm_bytes // 2 if config.tail_bytes_max is None else config.tail_bytes_max
     writer = SegmentWriter(
         storage,

@@ -126,8 +126,8 @@ class Store:
     ) -> BlockId:
         """Store a block and return its id once it is readable; ``flush`` makes it durable.
 
-        ``key`` and ``value`` are any C-contiguous buffers; they must not change until the call returns. A bound ``prefix``
-        returns at once without touching them: the first writer wins. Equal content is stored once.
+        ``key`` and ``value`` are any C-contiguous buffers; they must not change until the call returns. A bound
+        ``prefix`` returns at once without touching them: the first writer wins. Equal content is stored once.
         Waits for arena room up to ``put_wait_seconds_max``. Raises ``ConfigError`` (not contiguous, no
         buffer, bad prefix), ``BlockTooLargeError``, ``TierFullError``, ``DigestConflictError``.
         """

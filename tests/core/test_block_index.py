@@ -63,7 +63,7 @@ class IndexMachine(RuleBasedStateMachine):
             with pytest.raises(AssertionError, match="is known"):
                 self.index.add(digest(block), key_bytes, value_bytes)
         elif len(self.row) == CAPACITY:
-            with pytest.raises(TierFullError, match="raise capacity_max"):
+            with pytest.raises(TierFullError, match="index_blocks_max"):
                 self.index.add(digest(block), key_bytes, value_bytes)
         else:
             row = self.index.add(digest(block), key_bytes, value_bytes)
@@ -109,7 +109,7 @@ class IndexMachine(RuleBasedStateMachine):
         elif key in self.bound:
             assert not self.index.bind(key, self.row[block], parent)
         elif len(held | {key} | ({parent} if parent else set())) > BINDINGS:
-            with pytest.raises(TierFullError, match="raise bindings_max"):
+            with pytest.raises(TierFullError, match="index_blocks_max"):
                 self.index.bind(key, self.row[block], parent)
         else:
             assert self.index.bind(key, self.row[block], parent)
@@ -346,3 +346,17 @@ def test_rows_by_stamp_are_in_order_of_age() -> None:
         index.place(row, 0, i, 1, stamp)
     index.remove(index.find(bytes([2]) * 16))
     assert [index.stamp(row) for row in index.rows_by_stamp()] == [1, 3, 5, 7]
+
+
+def test_identity_outlives_the_row() -> None:
+    index = BlockIndex(capacity_max=100)
+    unbound = index.add(bytes([1]) * 32, 1, 1)
+    bound = index.add(bytes([2]) * 32, 1, 1)
+    index.bind(bytes([9]) * 32, bound, None)
+    before = index.identity(unbound), index.identity(bound)
+    index.remove(bound)
+    index.remove(unbound)
+    recomputed = index.add(bytes([3]) * 32, 1, 1)  # other bytes of the same prompt
+    index.bind(bytes([9]) * 32, recomputed, None)
+    assert (index.identity(index.add(bytes([1]) * 32, 1, 1)), index.identity(recomputed)) == before
+    assert len(set(before)) == 2

@@ -271,9 +271,10 @@ async def test_single_flight(open_small: OpenStore) -> None:
             block.release()
 
 
-async def test_eviction_keeps_everything_readable(open_small: OpenStore) -> None:
+@pytest.mark.parametrize("eviction", ["prefix-lru", "hit-density"])
+async def test_eviction_keeps_everything_readable(open_small: OpenStore, eviction: str) -> None:
     blocks = [block_bytes(200 + i, 1 << 20, 1 << 19) for i in range(30)]  # 45 MiB through 16 MiB
-    async with open_small() as store:
+    async with open_small(eviction=eviction, disk_bytes="128MiB") as store:
         ids = [await store.put(*block) for block in blocks]
         assert store.statistics()["shm"]["evicted_blocks"] > 0
         for block_id, (key, value) in zip(ids, blocks, strict=True):
