@@ -7,9 +7,11 @@ ahead of need and sealed in the background, so that neither stalls the stream.
 
 Failure contract: a record is reported durable only when a sync that covers it has returned. After a
 failed write or sync its segment is abandoned and everything not durable in it is placed again in a
-new one; after ``failures_max`` failures in a row the writer is broken. No space is different: the
-records stay queued (their copies in memory are the only ones), flush raises ``TierFullError``, and
-the writer tries again every ``retry_seconds`` and when told of freed space.
+new one, after a pause that doubles from failure to failure; after ``failures_max`` failed attempts in
+a row the writer is broken. No space is different: the records stay queued (their copies in memory are
+the only ones), flush raises ``TierFullError``, and the writer tries again every ``retry_seconds`` and
+when told of freed space. A shortage (descriptors, memory) says nothing about the device: it never
+breaks the writer, and flush waits for its end, but after ``SHORTAGE_SECONDS_MAX`` it is as no space.
 
 What it must not know: the index, eviction, the arena.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import math
 from collections.abc import Callable, Sequence
 
 from cascade_aio.abc.storage import PAGE_BYTES, Storage
@@ -49,6 +52,13 @@ LINGER_SHARE = 0.25
 SYNC_SHARE = 0.5
 """What is written is synced after this share of ``tail_seconds_max``; the rest is for write and sync."""
 
+FIRST_PAUSE_SHARE = 1 / 8
+"""After a first failure nothing is tried for this share of ``retry_seconds``; then twice as long, up to all of it."""
+
+SHORTAGE_SECONDS_MAX = 30.0
+"""A flush waits this long for descriptors or memory before it is told."""
+
+_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -126,6 +136,9 @@ class SegmentWriter:
         self._prepared: asyncio.Task[ActiveSegment | OSError] | None = None
         self._inflight_bytes = 0
         self._failures_in_a_row = 0
+        self._pause_s = 0.0
+        self._attempt_from_s = -math.inf
+        self._short_since_s: float | None = None
         self._full: OSError | None = None
         self._broken: BaseException | None = None
         self._closing = False
@@ -309,10 +322,13 @@ class SegmentWriter:
         first = pending.first_queued
         if first is None or self._broken is not None:
             return None
-        urgent = pending.queued_bytes >= self.limits.linger_bytes or first.ticket <= pending.last_wanted
-        if urgent or self._full is not None:  # when full, the pause between attempts sets the pace
-            return 0.0
-        return first.appended_s + LINGER_SHARE * self.limits.tail_seconds_max - self._now_s()
+        if self._full is not None:
+            return 0.0  # the pause between attempts sets the pace
+        now_s = self._now_s()
+        due_s = first.appended_s + LINGER_SHARE * self.limits.tail_seconds_max
+        if pending.queued_bytes >= self.limits.linger_bytes or first.ticket <= pending.last_wanted:
+            due_s = now_s
+        return max(due_s, self._attempt_from_s) - now_s
 
     async def _place_loop(self) -> None:
         while True:
@@ -532,6 +548,8 @@ class SegmentWriter:
                 return
         if settled:
             self._failures_in_a_row = 0
+            self._pause_s = 0.0
+            self._short_since_s = None
             self._settle(segment, settled)
 
     def _settle(self, segment: ActiveSegment, settled: Sequence[Placed]) -> None:
@@ -593,11 +611,27 @@ class SegmentWriter:
             self._refuse_full()
             return
         self.statistics.failures += 1
+        now_s = self._now_s()
+        if now_s < self._attempt_from_s:
+            return  # begun before the pause: the same event as the failure that made it
+        first_pause_s = FIRST_PAUSE_SHARE * self.limits.retry_seconds
+        self._pause_s = min(max(2 * self._pause_s, first_pause_s), self.limits.retry_seconds)
+        self._attempt_from_s = now_s + self._pause_s
+        if exc.errno in _SHORTAGE:
+            self._count_shortage(exc, now_s)
+            return
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self.limits.failures_max and self._broken is None:
             self._broken = exc
             self._pending.refuse(self._broken_error)
             self._give_up_queue()
+
+    def _count_shortage(self, exc: OSError, now_s: float) -> None:
+        if self._short_since_s is None:
+            self._short_since_s = now_s
+        if now_s - self._short_since_s >= SHORTAGE_SECONDS_MAX:
+            self._full = exc
+            self._refuse_full()
 
     def _refuse_full(self) -> None:
         first = self._pending.first_queued
@@ -618,6 +652,11 @@ class SegmentWriter:
 
     def _full_error(self) -> TierFullError:
         detail = "" if self._full is None else f": {self._full.strerror}"
+        if self._full is not None and self._full.errno in _SHORTAGE:
+            return TierFullError(
+                f"{self._claim.path} could not be written for {SHORTAGE_SECONDS_MAX:g} s{detail}; {self.backlog_bytes} "
+                "bytes wait in memory until that ends: raise the limit or close what uses it up"
+            )
         return TierFullError(
             f"{self._root.path} has no room{detail}; {self.backlog_bytes} bytes wait in memory until space is freed, "
             "everything already stored can be read"

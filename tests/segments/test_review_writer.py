@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from cascade_aio.errors import TierFullError
+from cascade_aio.errors import BrokenTierError, TierFullError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.pending import Append, PendingQueue, TicketFifo
-from cascade_aio.segments.writer import WriterLimits
-from cascade_aio.testing.memory import MemoryStorage
+from cascade_aio.segments.writer import SHORTAGE_SECONDS_MAX, WriterLimits
+from cascade_aio.testing.memory import MemoryStorage, Operation
 from cascade_aio.testing.world import fail_with, virtual_loop
 from tests.segments.harness import Block, Process, running
 
@@ -110,3 +111,87 @@ def test_the_smallest_ticket_of_a_line_is_known_whatever_their_order() -> None:
         if number % 3:
             fifo.pop(line.pop(0))
             assert fifo.smallest == min(line, default=None)
+
+
+@pytest.mark.parametrize("operation", ["create", "write", "sync"])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR])
+def test_a_shortage_that_passes_is_waited_for(operation: str, code: int) -> None:
+    async def story(process: Process) -> None:
+        process.storage.hooks.append(fail_with(code, operation, times=3 * LAZY.failures_max))
+        (block,) = append(process, 1)
+        await process.writer.flush()
+        assert block.durable
+        assert not process.writer.broken
+
+    run(story)
+
+
+def test_a_shortage_that_lasts_is_told_and_its_end_is_noticed() -> None:
+    async def story(process: Process) -> None:
+        process.storage.hooks.append(fail_with(errno.EMFILE, "create", times=1 << 30))
+        (block,) = append(process, 1)
+        started_s = now_s()
+        with pytest.raises(TierFullError, match="Too many open files"):
+            await process.writer.flush()
+        assert SHORTAGE_SECONDS_MAX <= now_s() - started_s <= SHORTAGE_SECONDS_MAX + 2 * LAZY.retry_seconds
+        with pytest.raises(TierFullError, match="Too many open files"):
+            await process.writer.flush()
+        attempts = process.writer.statistics.failures
+        await asyncio.sleep(1000 * LAZY.retry_seconds)
+        assert process.writer.statistics.failures - attempts <= 1000
+        process.storage.hooks.clear()
+        await asyncio.sleep(2 * LAZY.retry_seconds)
+        await process.writer.flush()
+        assert block.durable
+        assert not process.writer.full
+
+    run(story)
+
+
+def test_attempts_after_failures_are_spread_over_time() -> None:
+    async def story(process: Process) -> None:
+        times: list[float] = []
+
+        def hook(operation: Operation) -> OSError | None:
+            if operation.name != "create" or operation.after or not operation.path.endswith(".seg"):
+                return None
+            times.append(now_s())
+            return OSError(errno.EIO, "injected", operation.path)
+
+        process.storage.hooks.append(hook)
+        append(process, 1)
+        with pytest.raises(BrokenTierError, match="4 times in a row"):
+            await process.writer.flush()
+        pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert len(times) == LAZY.failures_max
+        assert all(later >= 1.9 * earlier > 0 for earlier, later in itertools.pairwise(pauses))
+        process.storage.hooks.clear()
+        with pytest.raises(BrokenTierError):
+            await process.writer.aclose()
+
+    run(story)
+
+
+def test_writes_that_fail_together_in_many_segments_are_one_failure() -> None:
+    async def story(process: Process) -> None:
+        held: set[str] = set()
+        together = asyncio.Event()
+
+        async def fail_together(path: str) -> None:
+            held.add(path)
+            if len(held) == 2 * LAZY.failures_max:
+                together.set()
+            await together.wait()
+            raise OSError(errno.EIO, "injected", path)
+
+        def hook(operation: Operation) -> Coroutine[Any, Any, None] | None:
+            data = operation.name == "write" and operation.offset and not operation.after
+            return fail_together(operation.path) if data and not together.is_set() else None
+
+        process.storage.hooks.append(hook)
+        blocks = append(process, *range(20), nbytes=600_000)  # one fits a segment
+        await process.writer.flush()
+        assert all(block.durable for block in blocks)
+        assert process.writer.statistics.failures == 2 * LAZY.failures_max
+
+    run(story)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 
 import pytest
@@ -264,7 +265,7 @@ async def test_the_abandoned_segment_is_never_synced_or_written_again() -> None:
 
 async def test_after_too_many_failures_the_writer_is_broken() -> None:
     storage = MemoryStorage()
-    async with running(storage) as process:
+    async with running(storage, dataclasses.replace(QUIET, retry_seconds=0.01)) as process:
         storage.hooks.append(fail("sync", errno.EIO))
         block = Block(1)
         process.writer.append(block.pending())
@@ -285,7 +286,7 @@ async def test_after_too_many_failures_the_writer_is_broken() -> None:
 
 async def test_a_success_in_between_forgives_failures() -> None:
     storage = MemoryStorage()
-    async with running(storage) as process:
+    async with running(storage, dataclasses.replace(QUIET, retry_seconds=0.01)) as process:
         for n in range(10):
             storage.hooks[:] = [fail("write", errno.EIO, times=2)]
             block = Block(n)
