@@ -26,6 +26,9 @@ SEGMENT_SUFFIX = ".seg"
 CHECKPOINT_FILE = "checkpoint"
 SEQUENCE_DIGITS = 10
 
+SEQUENCES_RESERVED = 1024
+"""Segment numbers that ``writer.json`` is ahead of use: one small write for so many segments."""
+
 CREATE_SECONDS_MAX = 30.0
 """How long to wait for another process that creates the same root."""
 
@@ -52,8 +55,10 @@ class Root:
 class WriterClaim:
     """The right to write in one writer directory, until ``release``.
 
-    ``sequence_next`` is the number of the next segment. ``lock`` is ``None`` on a file system
-    without locks. ``adopted`` tells that the directory may hold segments to be recovered.
+    ``sequence_next`` is the number of the next segment; all below ``reserved_end`` are kept from being
+    given out again, by ``writer.json``, even if this process is killed and its segments are removed.
+    ``lock`` is ``None`` on a file system without locks. ``adopted`` tells that the directory may hold
+    segments to be recovered.
     """
 
     writer: bytes
@@ -62,18 +67,38 @@ class WriterClaim:
     sequence_next: int
     lock: Lock | None
     adopted: bool
+    reserved_end: int = 0
+    reserving: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock, repr=False)
 
-    def take_sequence(self) -> int:
+    async def take_sequence(self, storage: Storage) -> int:
+        """A number that no segment of this writer ever had or will have. Raises ``OSError``.
+
+        Rarely writes. A number that was taken and not used is lost, which harms nobody.
+        """
         sequence = self.sequence_next
         self.sequence_next += 1
+        async with self.reserving:
+            if sequence >= self.reserved_end:
+                await self.reserve(storage)
         return sequence
 
-    async def save(self, storage: Storage) -> None:
-        """Record the next number, so that none is reused. Called at claim and at a clean end."""
-        await _write_json(storage, posixpath.join(self.path, "writer.json"), self._description())
+    async def reserve(self, storage: Storage) -> None:
+        """Record that the next numbers may be in use. Raises ``OSError``.
 
-    def _description(self) -> dict[str, Any]:
-        return {"writer": self.writer.hex(), "host": self.host, "sequence_next": self.sequence_next}
+        An adopted directory does so with the first number: a full disk can be opened.
+        """
+        end = self.sequence_next + SEQUENCES_RESERVED
+        await self._record(storage, end)
+        self.reserved_end = max(self.reserved_end, end)
+
+    async def save(self, storage: Storage) -> None:
+        """At a clean end: record exactly the next number. None may be taken any more."""
+        await self._record(storage, self.sequence_next)
+        self.reserved_end = self.sequence_next
+
+    async def _record(self, storage: Storage, sequence: int) -> None:
+        description = {"writer": self.writer.hex(), "host": self.host, "sequence_next": sequence}
+        await _write_json(storage, posixpath.join(self.path, "writer.json"), description)
 
     def release(self) -> None:
         if self.lock is not None:
@@ -107,12 +132,29 @@ async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock, c
     if not create:
         raise ConfigError(f"{root} holds no store; open it once with create=True")
     try:
+        changed = await _directories_to_change(storage, root)
         await storage.make_directory(posixpath.join(root, WRITERS))
-        await storage.sync_directory(root)
-        await storage.sync_directory(posixpath.dirname(posixpath.normpath(root)) or ".")
+        for path in changed:
+            await storage.sync_directory(path)
         return await _create_root(storage, root, digest, clock)
     except OSError as exc:
         raise ConfigError(f"{root} is not writable: {exc.strerror}; check its permissions and free space") from exc
+
+
+async def _directories_to_change(storage: Storage, root: str) -> list[str]:
+    """The root and its parents, up to the first that exists: each gets a new name, which a sync makes durable."""
+    path = posixpath.normpath(root)
+    changed = [path]
+    while (parent := posixpath.dirname(path) or ".") != path:
+        changed.append(parent)
+        try:
+            await storage.list_directory(parent)
+            break
+        except FileNotFoundError:
+            path = parent
+        except PermissionError:
+            break  # it is there: whether it can be written shows soon
+    return changed
 
 
 def _is_of_a_creation(name: str) -> bool:
@@ -212,7 +254,6 @@ async def _adopt(storage: Storage, root: Root, writer: bytes, host: str) -> Writ
         raise
     if lock is None:
         return None
-    claim: WriterClaim | None = None
     try:
         entries = await storage.list_directory(path)
         await _remove_temporary(storage, path, entries)
@@ -220,9 +261,9 @@ async def _adopt(storage: Storage, root: Root, writer: bytes, host: str) -> Writ
         recorded = description.get("sequence_next")
         following = max([recorded if isinstance(recorded, int) else 1, *(sequence + 1 for sequence in sequences)])
         claim = WriterClaim(writer, path, host, following, lock, adopted=True)
-    finally:
-        if claim is None:
-            lock.release()
+    except BaseException:
+        lock.release()
+        raise
     return claim
 
 
@@ -246,7 +287,7 @@ async def _new_writer(storage: Storage, root: Root, host: str) -> WriterClaim:
         lock = None
     claim = WriterClaim(writer, path, host, 1, lock, adopted=False)
     try:
-        await claim.save(storage)
+        await claim.reserve(storage)
     except BaseException:
         claim.release()
         raise

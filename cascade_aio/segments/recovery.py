@@ -139,27 +139,20 @@ class Recovery:
         """Everything a sealed segment says, once more and from its start: before it is removed.
 
         Raises ``OSError`` if not all of it can be read, ``CorruptionError`` if it is damaged otherwise than its
-        sealer knew: it is not to be removed then, because it may say more. Its entry becomes ``unreadable``.
+        sealer knew: it is not to be removed then, because it may say more.
         """
-        told = self._table[number]
-        entry = dataclasses.replace(told, scanned_bytes=0, unreadable=False)
+        entry = dataclasses.replace(self._table[number], scanned_bytes=0, unreadable=False)
         recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, RecoveryReport())
-        try:
-            async for fact in recovery.facts(adopt=False, search_bytes=None):
-                if isinstance(fact, DamageFact):
-                    if fact.reason == SEALED_DAMAGE:
-                        continue  # reported at every opening, and lost whether the file stays or goes
-                    if entry.unreadable:
-                        raise OSError(errno.EIO, fact.reason, fact.path)
-                    raise CorruptionError(fact.reason, path=fact.path, segment=fact.segment, offset=fact.offset)
-                yield fact
-            if entry.unreadable:
-                raise OSError(errno.EIO, "not all of the segment can be read", entry.path)
-        except FileNotFoundError:
-            raise
-        except (OSError, CorruptionError):
-            told.unreadable = True
-            raise
+        async for fact in recovery.facts(adopt=False, search_bytes=None):
+            if isinstance(fact, DamageFact):
+                if fact.reason == SEALED_DAMAGE:
+                    continue  # reported at every opening, and lost whether the file stays or goes
+                if entry.unreadable:
+                    raise OSError(errno.EIO, fact.reason, fact.path)
+                raise CorruptionError(fact.reason, path=fact.path, segment=fact.segment, offset=fact.offset)
+            yield fact
+        if entry.unreadable:
+            raise OSError(errno.EIO, "not all of the segment can be read", entry.path)
 
     def _is_own(self, identity: fmt.SegmentIdentity) -> bool:
         return self._claim is not None and identity.writer == self._claim.writer

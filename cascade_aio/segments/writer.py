@@ -387,7 +387,7 @@ class SegmentWriter:
             return await self._create(small)
 
     async def _create(self, capacity_bytes: int) -> ActiveSegment:
-        identity = fmt.SegmentIdentity(self._claim.writer, self._claim.take_sequence())
+        identity = fmt.SegmentIdentity(self._claim.writer, await self._claim.take_sequence(self._storage))
         entry = self._table.add(identity, own=True)
         entry.writing = True
         header = fmt.SegmentHeader(self._root.store, identity, self._root.digest, capacity_bytes, self._stamp())

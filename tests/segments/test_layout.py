@@ -9,7 +9,7 @@ import pytest
 
 from cascade_aio.errors import ConfigError
 from cascade_aio.segments.format import SegmentIdentity
-from cascade_aio.segments.layout import claim_writer, list_writers, open_root
+from cascade_aio.segments.layout import SEQUENCES_RESERVED, claim_writer, list_writers, open_root
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.testing.clock import ManualClock
 from cascade_aio.testing.memory import MemoryDisk, MemoryStorage
@@ -79,7 +79,7 @@ async def test_writer_directories_are_adopted_by_the_same_host_one_at_a_time() -
     first = await claim_writer(storage, root, "a")
     second = await claim_writer(storage, root, "a")
     assert first.writer != second.writer
-    first.take_sequence()
+    assert await first.take_sequence(storage) == 1
     await first.save(storage)
     first.release()
     other_host = await claim_writer(storage, root, "b")
@@ -95,8 +95,47 @@ async def test_a_crashed_writer_directory_is_adopted_above_its_files() -> None:
     claim = await claim_writer(storage, root, "a")
     await storage.create(f"{claim.path}/0000000041.seg")
     await storage.create(f"{claim.path}/notes.txt")
-    adopted = await claim_writer(storage.kill(), root, "a")
-    assert adopted.sequence_next == 42
+    after = storage.kill()
+    adopted = await claim_writer(after, root, "a")
+    assert adopted.sequence_next == 1 + SEQUENCES_RESERVED, "what the killed process may have used"
+    adopted.release()
+    await after.create(f"{claim.path}/0000009999.seg")
+    assert (await claim_writer(after.kill(), root, "a")).sequence_next == 10_000
+
+
+async def test_numbers_are_never_reused_even_when_a_killed_process_removed_its_segments() -> None:
+    storage = MemoryStorage()
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    used: list[int] = []
+    for session in range(4):
+        claim = await claim_writer(storage, root, "a")
+        used += [await claim.take_sequence(storage) for _ in range(1 + session * SEQUENCES_RESERVED * 2 // 3)]
+        if session == 1:
+            await claim.save(storage)
+            claim.release()
+        else:
+            storage = storage.kill()
+    assert used == sorted(set(used))
+    assert used[1] > used[0] + 1, "a batch is left out after a kill"
+
+
+async def test_a_number_that_cannot_be_reserved_is_not_given_out() -> None:
+    storage = MemoryStorage()
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    claim = await claim_writer(storage, root, "a")
+    for _ in range(SEQUENCES_RESERVED):
+        await claim.take_sequence(storage)
+    storage.hooks.append(lambda op: OSError(errno.ENOSPC, "full") if op.name == "write_small" else None)
+    with pytest.raises(OSError, match="full"):
+        await claim.take_sequence(storage)
+
+
+async def test_every_directory_that_was_created_is_synced() -> None:
+    storage = MemoryStorage()
+    root = await open_root(storage, "/data/team/kv", "sha256", clock=CLOCK)
+    await claim_writer(storage, root, "a")
+    survivor = storage.crash()
+    assert (await open_root(survivor, "/data/team/kv", "sha256", clock=CLOCK)).store == root.store
 
 
 async def test_without_locks_every_opener_gets_its_own_directory() -> None:
