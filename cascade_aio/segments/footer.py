@@ -11,8 +11,10 @@ import struct
 from collections.abc import Iterator
 
 import crc32c
+import numpy as np
 
 from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.core.index import PART_BYTES_MAX
 from cascade_aio.errors import CorruptionError
 from cascade_aio.model import BLOCK_ID_BYTES
 from cascade_aio.segments import format as fmt
@@ -34,6 +36,9 @@ _BINDING_ROW = struct.Struct("<II16s32s32sQ")
 _TOMBSTONE_ROW = struct.Struct("<II16sQ")
 _TRAILER = struct.Struct("<8sHHI16sQQQIIII")
 _NO_DIGEST = bytes(32)
+_RECORD_DTYPE = np.dtype("u1,u1,<u2,<u4,<u8,<u8,<u8,<u8,V32")
+"""``_RECORD_ROW`` as columns f0 (kind), f1 (header pages), f3 (page), f4 (record bytes), f5 and f6 (key and value)."""
+assert _RECORD_DTYPE.itemsize == _RECORD_ROW.size
 
 
 class FooterTables:
@@ -127,7 +132,8 @@ def decode_trailer(page: memoryview, identity: fmt.SegmentIdentity, file_bytes: 
 def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) -> Iterator[Fact]:
     """The facts of a footer, in record order. ``body`` is the padded footer.
 
-    Raises ``CorruptionError`` before the first fact if its checksum is wrong.
+    Raises ``CorruptionError`` before the first fact if its checksum is wrong or its rows say what cannot be:
+    then the records are to be asked themselves.
     """
     found = crc32c.crc32c(body)
     if found != trailer.footer_crc:
@@ -142,6 +148,11 @@ def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) ->
     body = body[: trailer.footer_bytes]
     first = trailer.records * _RECORD_ROW.size
     second = first + trailer.bindings * _BINDING_ROW.size
+    problem = _impossible(body, trailer, first, second)
+    if problem:
+        raise CorruptionError(
+            f"footer says what cannot be: {problem}", path=path, segment=trailer.identity.name, offset=trailer.data_end
+        )
     bindings = _BINDING_ROW.iter_unpack(body[first:second])
     tombstones = _TOMBSTONE_ROW.iter_unpack(body[second:])
     binding, tombstone = next(bindings, None), next(tombstones, None)
@@ -159,6 +170,35 @@ def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) ->
         while tombstone is not None and tombstone[0] == row:
             yield TombstoneFact(location, tombstone[2], tombstone[3], False)
             tombstone = next(tombstones, None)
+
+
+def _impossible(body: memoryview, trailer: Trailer, first: int, second: int) -> str:
+    """What contradicts itself in the tables, or nothing. A sound checksum says who wrote them, not that they are right.
+
+    The index and the reader rely on it: places within the file that do not overlap, lengths that fit.
+    """
+    rows = np.frombuffer(body[:first], dtype=_RECORD_DTYPE)
+    for table, size in ((body[first:second], _BINDING_ROW.size), (body[second:], _TOMBSTONE_ROW.size)):
+        owners = np.frombuffer(table, dtype="<u4")[:: size // 4].astype(np.int64)
+        if (owners >= len(rows)).any() or (np.diff(owners) < 0).any():
+            return "entries of no record"
+    kind, pages, record_bytes = rows["f0"], rows["f1"].astype(np.int64), rows["f4"]
+    key_bytes, value_bytes = rows["f5"], rows["f6"]
+    if not np.isin(kind, (fmt.BLOCK, fmt.NOTE, DAMAGED)).all():
+        return "records of an unknown kind"
+    if (record_bytes > trailer.data_end).any() or (record_bytes % PAGE_BYTES != 0).any() or (record_bytes == 0).any():
+        return "lengths of records"
+    starts = rows["f3"].astype(np.int64) * PAGE_BYTES
+    ends = starts + record_bytes.astype(np.int64)
+    if len(rows) and (starts[0] < PAGE_BYTES or ends[-1] > trailer.data_end or (starts[1:] < ends[:-1]).any()):
+        return "places of records"
+    if (key_bytes > PART_BYTES_MAX).any() or (value_bytes > PART_BYTES_MAX).any():
+        return "lengths of blocks"
+    values_at = -(-key_bytes.astype(np.int64) // fmt.VALUE_ALIGNMENT) * fmt.VALUE_ALIGNMENT
+    payloads = -(-(values_at + value_bytes.astype(np.int64)) // PAGE_BYTES) * PAGE_BYTES
+    headers = record_bytes.astype(np.int64) - np.where(kind == fmt.BLOCK, payloads, 0)
+    sound = (headers == pages * PAGE_BYTES) & (pages >= 1) & (pages <= fmt.HEADER_PAGES_MAX)
+    return "" if (sound | (kind == DAMAGED)).all() else "lengths of headers"
 
 
 def record_facts(header: fmt.RecordHeader, segment: int, *, provisional: bool) -> Iterator[Fact]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
+from cascade_aio.core.index import PART_BYTES_MAX
 from cascade_aio.errors import CorruptionError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.buffers import page_buffer
@@ -150,6 +151,8 @@ async def _header_at(
         return None, unreadable_reason(exc), True
     if header is not None and header.end > window.end:
         return None, "the file ends within a record", False
+    if header is not None and max(header.key_bytes, header.value_bytes) > PART_BYTES_MAX:
+        return None, "record header is unusable: a part longer than any block has", False
     return header, "", False
 
 

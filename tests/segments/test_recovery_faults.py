@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Callable
+from typing import Any
 
+import crc32c
 import pytest
 
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import CorruptionError
+from cascade_aio.segments import format as fmt
 from cascade_aio.segments.checkpoint import covers_of
 from cascade_aio.segments.facts import BlockFact
 from cascade_aio.testing.memory import MemoryStorage, Operation
@@ -211,3 +215,41 @@ async def test_a_rotten_payload_of_the_last_acknowledged_group_is_named() -> Non
     assert [(torn.path, torn.offset, torn.record_bytes) for torn in process.recovery.report.torn] == [
         (path, offset, blocks[-1].record_bytes)
     ]
+
+
+FORGERIES: dict[str, Callable[[list[list[Any]]], None]] = {
+    "overlap": lambda rows: rows[2].__setitem__(3, rows[1][3] + 1),
+    "twice": lambda rows: rows[2].__setitem__(slice(3, 5), rows[1][3:5]),
+    "backwards": lambda rows: rows.reverse(),
+    "header page": lambda rows: rows[0].__setitem__(3, 0),
+    "behind the end": lambda rows: rows[-1].__setitem__(3, 1 << 31),
+    "endless": lambda rows: rows[-1].__setitem__(4, 1 << 63),
+    "empty": lambda rows: rows[0].__setitem__(4, 0),
+    "value of 4 GiB": lambda rows: rows[0].__setitem__(6, 1 << 32),
+    "longer value": lambda rows: rows[0].__setitem__(6, rows[0][6] + PAGE_BYTES),
+    "no header": lambda rows: rows[0].__setitem__(1, 0),
+    "unknown kind": lambda rows: rows[0].__setitem__(0, 9),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+async def test_a_footer_that_says_what_cannot_be_is_damage_and_the_records_are_scanned(forgery: str) -> None:
+    """Its checksum is right: a writer with a bug has written it."""
+    storage, blocks = await crashed(sealed_sessions=1)
+    path = min(bytes_of(storage))
+    entry = (await look(storage))[0].table[0]
+    content = storage.disk.content(path)
+    row = struct.Struct("<BBHIQQQQ32s")
+    rows = [list(row.unpack_from(content, entry.data_end + row.size * number)) for number in range(COUNT)]
+    FORGERIES[forgery](rows)
+    forged = b"".join(row.pack(*fields) for fields in rows)
+    footer = bytearray(content[entry.data_end :])
+    footer[: len(forged)] = forged
+    trailer = memoryview(footer)[-PAGE_BYTES:]
+    crc_at = struct.calcsize("<8sHHI16sQQQIII")
+    struct.pack_into("<I", trailer, crc_at, crc32c.crc32c(bytes(footer[:-PAGE_BYTES])))
+    fmt.seal_page(trailer)
+    storage.disk.poke(path, entry.data_end, bytes(footer))
+    process, found, reported = await look(storage)
+    assert (found, reported) == ({block.block_id for block in blocks}, 1)
+    assert process.recovery.report.unreadable == 0
