@@ -253,3 +253,24 @@ async def test_a_footer_that_says_what_cannot_be_is_damage_and_the_records_are_s
     process, found, reported = await look(storage)
     assert (found, reported) == ({block.block_id for block in blocks}, 1)
     assert process.recovery.report.unreadable == 0
+
+
+async def test_a_record_of_a_block_that_no_index_can_hold_is_no_record() -> None:
+    storage, blocks = await crashed(count=1)
+    (path,) = bytes_of(storage)
+    identity = (await look(storage.kill()))[0].table[0].identity
+    end = blocks[0].locations[0].page * PAGE_BYTES + blocks[0].record_bytes
+    nbytes = 1 << 32
+    pages = fmt.header_pages_for(nbytes, 0, 0)
+    header = fmt.RecordHeader(
+        fmt.BLOCK, pages, pages * PAGE_BYTES + nbytes, end, 9, end, "sha256", bytes(32), 0, nbytes, 0,
+        (0,) * (nbytes // fmt.CHUNK_BYTES), fmt.CHUNK_BYTES,
+    )  # fmt: skip
+    page = memoryview(bytearray(pages * PAGE_BYTES))
+    fmt.encode_record(page, header, identity)
+    storage.disk.poke(path, end, bytes(page))
+    storage.disk.inode(path).truncate(header.end)
+    again = MemoryStorage(storage.disk)
+    process = await start(again, host="elsewhere")
+    assert set(blocks_of(await process.facts())) == {blocks[0].block_id}
+    await process.table.aclose()

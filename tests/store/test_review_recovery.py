@@ -1,0 +1,140 @@
+"""Whole stores that are opened on a file system which fails, and again when it has recovered."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+import cascade_aio.testing.world as world_module
+from cascade_aio.store.store import Store
+from cascade_aio.testing.memory import MemoryStorage, Operation
+from cascade_aio.testing.world import World, cancel_others, pseudo_bytes, virtual_loop
+
+Fault = Callable[[Operation], OSError | None]
+NBYTES = 60_000
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    loop = virtual_loop()
+    try:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(test)
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+async def kill(world: World) -> None:
+    """The processes end where they are; the kernel and its page cache live."""
+    world.disk = world.disk.kill()
+    for storage in world.storages:
+        storage.freeze_at = 0
+    await cancel_others()
+    world.storages.clear()
+
+
+async def put(store: Store, numbers: range) -> list[Any]:
+    ids = [await store.put(b"", pseudo_bytes(str(number), NBYTES)) for number in numbers]
+    await store.flush()
+    return ids
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> list[Fault]:
+    """Faults of every storage that a world makes, from its first operation on."""
+    active: list[Fault] = []
+
+    class Faulty(MemoryStorage):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            self.hooks += active
+
+    monkeypatch.setattr(world_module, "MemoryStorage", Faulty)
+    return active
+
+
+def unreadable(operation: Operation) -> OSError | None:
+    if operation.name == "read" and operation.path.endswith(".seg") and not operation.after:
+        return OSError(errno.EIO, os.strerror(errno.EIO), operation.path)
+    return None
+
+
+def segments(world: World) -> dict[str, bytes]:
+    return {path: world.disk.content(path) for path in world.disk.files if path.endswith(".seg")}
+
+
+@pytest.mark.parametrize("count", [3, 80])
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_store_that_could_not_read_its_segments_at_opening_has_them_when_it_can(
+    faults: list[Fault], count: int, clean: bool
+) -> None:
+    async def scenario() -> None:
+        world = World()
+        ids = await put(await world.open(), range(count))
+        await kill(world)
+        before = segments(world)
+        faults.append(unreadable)
+        store = await world.open()
+        assert segments(world) == before
+        statistics = store.statistics()
+        assert statistics["disk"]["recovery"]["unreadable"] == len(before)
+        assert len(statistics["damage"]) >= 1
+        if clean:
+            await store.aclose()
+        else:
+            await kill(world)
+        faults.clear()
+        store = await world.open()
+        assert not store.statistics()["damage"]
+        for number, block_id in enumerate(ids):
+            async with store.get(block_id) as block:
+                assert bytes(block.value) == pseudo_bytes(str(number), NBYTES)
+        await store.aclose()
+        world.check_closed()
+
+    run(scenario())
+
+
+def test_a_session_on_unreadable_segments_adds_to_them_and_takes_none_for_its_budget(faults: list[Fault]) -> None:
+    async def scenario() -> None:
+        world = World(disk_bytes=32 << 20)
+        ids = await put(await world.open(), range(40))
+        await kill(world)
+        before = segments(world)
+        fault = lambda operation: None if operation.path not in before else unreadable(operation)  # noqa: E731
+        faults.append(fault)
+        store = await world.open(disk_bytes=8 << 20)
+        more = await put(store, range(100, 300))
+        await store.aclose()
+        assert before.keys() <= segments(world).keys()
+        assert store.statistics()["disk"]["reclaimed_segments"] > 0
+        faults.clear()
+        store = await world.open()
+        found = [block_id for block_id in ids if block_id in store]
+        assert len(found) == len(ids)
+        assert more[-1] in store
+        await store.aclose()
+
+    run(scenario())
+
+
+def test_a_reader_sees_what_a_killed_and_restarted_writer_adds_under_new_numbers() -> None:
+    async def scenario() -> None:
+        world = World()
+        writer = await world.open()
+        await put(writer, range(3))
+        await kill(world)
+        names = set(segments(world))
+        for path in names:
+            del world.disk.files[path]  # the whole segment was removed, as compaction does
+        store = await world.open()
+        await put(store, range(3, 6))
+        assert not names & set(segments(world))
+        await store.aclose()
+
+    run(scenario())
