@@ -106,7 +106,10 @@ class CatalogMerger:
         if fresh:
             row = catalog.index.add(fact.digest, fact.key_bytes, fact.value_bytes)
         # Of equal stamps the one told last: compaction copies a record with its stamp and then removes the old one.
-        if catalog.index.location(row) is None or fact.stamp >= catalog.index.stamp(row):
+        # A record that may yet vanish with its writer never takes the place of a durable one, which would be reclaimed.
+        known = catalog.index.location(row) is not None
+        sure = known and not catalog.index.flags(row) & PROVISIONAL
+        if not known or (fact.stamp >= catalog.index.stamp(row) and not (sure and fact.provisional)):
             catalog.place(row, fact.location, fact.stamp)
             catalog.index.set_flags(row, PROVISIONAL if fact.provisional else 0)
         for waiting in self._pending.pop(fact.block_id, ()):

@@ -81,6 +81,32 @@ def test_flush_covers_a_bound_prefix_that_only_another_writers_unsynced_record_h
     run(story)
 
 
+def test_a_durable_record_is_not_given_up_for_one_that_may_vanish() -> None:
+    async def story(world: World) -> None:
+        other = await world.open()
+        await other.put(b"warm", b"up")
+        await other.flush()
+        hold_syncs(world)
+        block_id = await by_put(other)
+        flushing = asyncio.ensure_future(other.flush())
+        await settle()
+        mine = await world.open()
+        await by_put(mine)
+        await mine.flush()
+        await mine.refresh()  # tells of the other's record again
+        check_idle(mine)
+        context = mine._context
+        location = context.catalog.index.location(context.catalog.index.find(block_id))
+        assert location is not None
+        entry = context.disk.table.get(location[0])
+        assert entry is not None
+        assert entry.own, "else the durable record is dead, and goes with the next reclaim"
+        flushing.cancel()
+        await mine.aclose()
+
+    run(story)
+
+
 def test_a_slot_that_was_bound_never_seals_what_nobody_filled() -> None:
     async def story(world: World) -> None:
         store = await world.open()
