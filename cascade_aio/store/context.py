@@ -199,13 +199,13 @@ class StoreContext:
         return max(self.disk.stamp(), self.merger.facts.stamp_min(block_id))
 
     def append(self, copy: Copy, bindings: Sequence[tuple[bytes, bytes | None]], stamp: int | None = None) -> None:
-        """Queue a sealed copy for the segment writer, with its names. It is held until its record is durable.
+        """Queue a sealed copy for the segment writer, with its names. It is held until its record is durable."""
+        stamp = self.new_stamp(copy.block_id) if stamp is None else stamp
+        self._append(copy, tuple(Binding(key, parent, stamp) for key, parent in bindings), stamp)
 
-        A record that is written once more keeps its ``stamp``, so that a deletion between is not undone.
-        """
+    def _append(self, copy: Copy, bindings: tuple[Binding, ...], stamp: int) -> None:
         self.catalog.hold(copy)
         copy.state = advance(copy.state, CopyEvent.COPY)
-        stamp = self.new_stamp(copy.block_id) if stamp is None else stamp
         copy.stamp = stamp
 
         def durable(location: Location) -> None:
@@ -233,7 +233,7 @@ class StoreContext:
                 value_offset=copy.value_offset,
                 chunk_crcs=copy.chunk_crcs,
                 meta=copy.meta,
-                bindings=tuple(Binding(key, parent, stamp) for key, parent in bindings),
+                bindings=bindings,
                 on_durable=durable,
                 on_failed=failed,
             )
@@ -246,14 +246,19 @@ class StoreContext:
             self.append_again(copy)
 
     def append_again(self, copy: Copy) -> None:
-        """Write a copy once more: its record is about to be removed, or in doubt. Nothing for one being written."""
+        """Write a copy once more: its record is about to be removed, or in doubt. Nothing for one being written.
+
+        Record and names keep their stamps, so that no deletion between is undone and the name that was first stays so.
+        """
         if copy.state is not CopyState.SEALED:
             return
-        bindings = self.catalog.index.bindings(copy.row)
+        index = self.catalog.index
+        bindings = [Binding(*name) for name in index.bindings_newer_than(copy.row, -1)]
         room = bindings_room(copy.header_bytes // PAGE_BYTES, len(copy.chunk_crcs), len(copy.meta))
-        self.append(copy, bindings[:room], self.catalog.index.stamp(copy.row) or None)
-        for key, parent in bindings[room:]:
-            self.append_binding(copy.block_id, key, parent)
+        stamp = index.stamp(copy.row) or self.new_stamp(copy.block_id)
+        self._append(copy, tuple(bindings[:room]), stamp)
+        for key, parent, bound in bindings[room:]:
+            self.append_binding(copy.block_id, key, parent, bound)
 
     def append_binding(self, block_id: bytes, key: bytes, parent: bytes | None, stamp: int | None = None) -> None:
         """Queue a further name of a block that has a record, or will have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 import cascade_aio as ca
 from cascade_aio.errors import BrokenTierError, TierFullError
-from cascade_aio.segments.facts import TombstoneFact
+from cascade_aio.segments.facts import BindingFact, TombstoneFact
 from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.store import Store
 from cascade_aio.testing.world import World, cancel_others, check_invariants, pseudo_bytes, virtual_loop
@@ -167,29 +168,23 @@ def test_a_segment_that_could_not_be_opened_is_not_removed() -> None:
             failing = operation.path == path and operation.name == "open" and not operation.after
             return OSError(errno.EMFILE, "too many", path) if failing else None
 
-        opening = world.open
-        storages = world.storages
-
-        class Storages(list[Any]):
+        class Refusing(list[Any]):
             def append(self, storage: Any) -> None:
                 storage.hooks.append(refuse)
                 super().append(storage)
 
-        world.storages = Storages(storages)
-        store = await opening()
+        world.storages = Refusing()
+        store = await world.open()
         for i in range(300):
             await put(store, f"more {i}")
         await store.flush()
         await asyncio.sleep(5)
         assert disk(store)["reclaimed_segments"] > 3
         assert path in world.disk.files
-        world.storages = list(world.storages)
         await store.aclose()
-        world.settings["disk_bytes"] = 64 * MIB
-        store = await world.open()
-        await store.verify()
-        assert path in world.disk.files
-        assert kept is not None
+        world.storages = []
+        store = await world.open(disk_bytes=64 * MIB)
+        assert kept in store
         await store.aclose()
 
     run(story)
@@ -216,4 +211,80 @@ def test_tombstones_of_one_block_are_merged_and_dropped() -> None:
         assert again not in store
         await store.aclose()
 
+    run(story)
+
+
+def test_a_rewritten_block_keeps_the_stamp_of_each_name() -> None:
+    async def story() -> None:
+        world = World(shm_bytes=4 * MIB, disk_bytes=BUDGET_BYTES)
+        keys = ca.prefix_keys(range(2), block_tokens=1)
+        store = await world.open()
+        hot = await put(store, "hot", prefix=keys[0])
+        await put(store, "beside")
+        assert await put(store, "hot", prefix=keys[1]) == hot
+        await store.flush()
+
+        async def stamps() -> dict[bytes, list[int]]:
+            found: dict[bytes, list[int]] = {}
+            for fact in await facts(store):
+                if isinstance(fact, BindingFact):
+                    found.setdefault(fact.key, []).append(fact.stamp)
+            return found
+
+        before = await stamps()
+        lease = await store.get(hot)
+        for i in range(500):
+            await put(store, f"filler {i}")
+            async with store.get(hot):
+                pass  # the disk's eviction takes others
+        await store.flush()
+        await asyncio.sleep(5)
+        assert disk(store)["rewritten_blocks"] > 1
+        after = await stamps()
+        assert {key: set(found) for key, found in after.items()} == {key: set(found) for key, found in before.items()}
+        assert max(len(found) for found in after.values()) <= 2  # names do not multiply
+        lease.release()
+        await kill(world)
+        store = await world.open()
+        assert keys[0] in store
+        assert keys[1] in store
+        await store.aclose()
+
+    run(story)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_was_deleted_and_flushed_stays_deleted(seed: int) -> None:
+    """Deletions of blocks that are still being written, over many rounds of reclaiming and losses of power."""
+
+    async def story() -> None:
+        rng = random.Random(seed)
+        world = World(shm_bytes=2 * MIB, disk_bytes=BUDGET_BYTES)
+        for _ in range(4):
+            store = await world.open()
+            alive: set[ca.BlockId] = {block_id for block_id in names if block_id in store}
+            gone = {names[block_id] for block_id in flushed}
+            assert not [name for block_id, name in names.items() if block_id in alive and name in gone]
+            deleted: set[ca.BlockId] = set()
+            for _ in range(rng.randrange(200, 400)):
+                name = f"block {rng.randrange(60)}" if rng.random() < 0.5 else f"once {rng.random()}"
+                block_id = await put(store, name, rng.choice([3000, 60_000, 200_000]) if "once" in name else 60_000)
+                names[block_id] = name
+                deleted.discard(block_id)
+                flushed.discard(block_id)
+                if rng.random() < 0.5:
+                    await store.delete(block_id)
+                    deleted.add(block_id)
+                if rng.random() < 0.03:
+                    await store.flush()
+                    flushed.update(deleted)
+                    check_invariants(store)
+            await asyncio.sleep(rng.random() * 3)
+            for path in [path for path in world.disk.files if "checkpoint" in path]:
+                del world.disk.files[path]
+            await world.crash(seed)
+        assert flushed
+
+    names: dict[ca.BlockId, str] = {}
+    flushed: set[ca.BlockId] = set()
     run(story)
