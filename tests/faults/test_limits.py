@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,14 @@ def open_to_all(place: Path) -> Path:
     return place
 
 
+@pytest.fixture
+def open_shm() -> Iterator[Path]:
+    """A directory in shared memory that any user may write to."""
+    with tempfile.TemporaryDirectory(prefix="cascade-faults-", dir="/dev/shm") as directory:
+        Path(directory).chmod(0o777)
+        yield Path(directory)
+
+
 # -- shared memory ---------------------------------------------------------------------------------
 
 
@@ -86,7 +96,7 @@ async def test_no_such_shm_dir(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memlock_bytes", [0, 64 << 10])
-def test_locked_memory_limit(child: Child, tmp_path: Path, memlock_bytes: int) -> None:
+def test_locked_memory_limit(child: Child, tmp_path: Path, open_shm: Path, memlock_bytes: int) -> None:
     """Plain buffers instead of registered ones, and statistics say why and what would help."""
     open_to_all(tmp_path)
     found = child(
@@ -94,7 +104,7 @@ def test_locked_memory_limit(child: Child, tmp_path: Path, memlock_bytes: int) -
         uid=NOBODY,
         limits={"RLIMIT_MEMLOCK": memlock_bytes},
         root=str(tmp_path / "kv"),
-        settings=settings_for(open_to_all(tmp_path), io_backend="auto") | {"shm_dir": "/dev/shm"},
+        settings=settings_for(tmp_path, io_backend="auto") | {"shm_dir": str(open_shm)},
     )
     if found["backend"] == "threads":
         assert any("ulimit -l" in note or "io_uring" in note for note in found["notes"])
@@ -165,11 +175,11 @@ _REFUSED = """
 """
 
 
-async def test_a_root_that_may_not_be_written(child: Child, tmp_path: Path) -> None:
+async def test_a_root_that_may_not_be_written(child: Child, tmp_path: Path, open_shm: Path) -> None:
     open_to_all(tmp_path)
     async with open_at(tmp_path / "kv") as store:
         await put(store, BLOCKS[0])
-    arguments = {"root": str(tmp_path / "kv"), "settings": settings_for(tmp_path) | {"shm_dir": "/dev/shm"}}
+    arguments = {"root": str(tmp_path / "kv"), "settings": settings_for(tmp_path) | {"shm_dir": str(open_shm)}}
     what, why = await asyncio.to_thread(child, _REFUSED, uid=NOBODY, **arguments)
     assert what == "refused"
     assert "not writable" in why
@@ -184,7 +194,7 @@ async def test_a_root_that_may_not_be_written(child: Child, tmp_path: Path) -> N
     assert "not writable" in why
 
 
-async def test_a_segment_that_may_not_be_read(child: Child, tmp_path: Path) -> None:
+async def test_a_segment_that_may_not_be_read(child: Child, tmp_path: Path, open_shm: Path) -> None:
     """It is told with its path; the rest of the root is usable, and nothing is removed."""
     open_to_all(tmp_path)
     world = await make_world(tmp_path, "footer")
@@ -198,7 +208,7 @@ async def test_a_segment_that_may_not_be_read(child: Child, tmp_path: Path) -> N
         _REFUSED,
         uid=NOBODY,
         root=str(world.root),
-        settings=settings_for(tmp_path) | {"shm_dir": "/dev/shm"},
+        settings=settings_for(tmp_path) | {"shm_dir": str(open_shm)},
     )
     assert (what, count) == ("opened", 0)
     assert any(str(segment) in told and "cannot be read" in told for told in damage)
