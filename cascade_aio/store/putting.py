@@ -207,7 +207,7 @@ class Putter:
             if resident is None:
                 catalog.admit(copy, row)  # it was on disk only: the bytes are here, keep them
             context.append_unless_durable(resident or copy)
-            return copy.block_id, resident is None
+            return self._named(draft, copy.block_id), resident is None
         row = catalog.index.add(ingested.digest, draft.key_bytes, draft.value_bytes)
         stamp = context.new_stamp(copy.block_id)
         if draft.prefix is not None:
@@ -218,7 +218,12 @@ class Putter:
                 raise
         catalog.admit(copy, row)
         context.append(copy, () if draft.prefix is None else ((draft.prefix, draft.parent),), stamp)
-        return copy.block_id, True
+        return self._named(draft, copy.block_id), True
+
+    def _named(self, draft: Draft, block_id: BlockId) -> BlockId:
+        """What the prefix names: the first writer's block, as long as it lasts; ours is there should it vanish."""
+        row = -1 if draft.prefix is None else self._catalog.index.find_prefix(draft.prefix)
+        return block_id if row < 0 else self._catalog.index.block_id(row)
 
 
 class Slot:
