@@ -44,6 +44,9 @@ def put(
         split = parse_size(key_bytes)
     except ConfigError as error:
         raise UsageError(f"--key-bytes: {error}") from None
+    for path in files:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file; put takes files only")
     largest = max(os.stat(path).st_size for path in files)
     with settings.private_arena(None, arena_bytes_for(largest), must_exist=False) as config:
         rows = run(_put_files(config, files, split))

@@ -124,6 +124,11 @@ async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock, c
         raise ConfigError(f"{root} cannot be read: {exc.strerror}; check its permissions") from exc
     if ROOT_FILE in names:
         return _check_root(root, await _read_json(storage, posixpath.join(root, ROOT_FILE)), digest)
+    if WRITERS in names and await _holds_segments(storage, root):
+        raise ConfigError(
+            f"{root} has lost its {ROOT_FILE} although {WRITERS}/ holds segments: restore that file from a copy (a new "
+            "one would orphan every block), or name another directory"
+        )
     strangers = sorted(name for name in names - _FOREIGN_NAMES if not _is_of_a_creation(name))
     if strangers:
         raise ConfigError(
@@ -292,6 +297,17 @@ async def _new_writer(storage: Storage, root: Root, host: str) -> WriterClaim:
         claim.release()
         raise
     return claim
+
+
+async def _holds_segments(storage: Storage, root: str) -> bool:
+    writers = posixpath.join(root, WRITERS)
+    try:
+        for entry in await storage.list_directory(writers):
+            if entry.is_dir and list_segments(await storage.list_directory(posixpath.join(writers, entry.name))):
+                return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return False
 
 
 def list_segments(entries: list[FileEntry]) -> list[tuple[int, int]]:

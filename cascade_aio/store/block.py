@@ -39,8 +39,15 @@ _meta_decoder = msgspec.msgpack.Decoder(BlockMeta)
 
 
 def encode_meta(meta: BlockMeta) -> bytes:
-    """The bytes of ``meta`` in a record header."""
-    return msgspec.msgpack.encode(meta)
+    """The bytes of ``meta`` in a record header. Raises ``ConfigError`` for fields that could not be read back."""
+    try:
+        raw = msgspec.msgpack.encode(meta)
+        _meta_decoder.decode(raw)
+    except (msgspec.MsgspecError, TypeError, OverflowError) as error:
+        raise ConfigError(
+            f"meta={meta!r:.200} cannot be stored ({error}); give its fields the types that BlockMeta names"
+        ) from None
+    return raw
 
 
 def is_early(ready: Readiness) -> bool:

@@ -183,6 +183,8 @@ class Catalog:
         if copy.holds:
             self.shm_policy.pin(row)
             self.pinned_bytes += copy.extent.nbytes
+        else:
+            self.on_room()  # nobody needs it to stay: whoever waits for room may have its place
 
     def hold(self, copy: Copy) -> None:
         copy.holds += 1

@@ -238,6 +238,8 @@ class StoreContext:
                 on_failed=failed,
             )
         )
+        if self.room.wanted:  # somebody waits for what only a sync of this record sets free
+            self.disk.expedite()
 
     def append_unless_durable(self, copy: Copy) -> None:
         """Known content was put again: what ``flush`` promises for it takes a record that is known to be durable."""
@@ -279,9 +281,13 @@ class StoreContext:
 
     def explain_arena(self) -> str:
         """Who holds the arena, for the message of a ``TierFullError``, and what to do about it."""
+        cure = "release leases sooner or open the store with larger shm_bytes"
+        if self.disk.writer.full:
+            cure = f"the file system of {self.config.root} is full: free space there, or set disk_bytes below its size"
+        elif self.disk.writer.broken:
+            cure = f"the disk of {self.config.root} takes no writes: check it and open the store again"
         return (
             f"{self.desk.describe()}, {self.disk.describe_backlog()}, "
             f"{self.shm.capacity_bytes - self.shm.ready_bytes} bytes are still being prepared, largest free extent "
-            f"{self.shm.largest_free_bytes} bytes of {self.shm.capacity_bytes}; release leases sooner or open the "
-            "store with larger shm_bytes"
+            f"{self.shm.largest_free_bytes} bytes of {self.shm.capacity_bytes}; {cure}"
         )

@@ -156,7 +156,7 @@ class Putter:
             raise ConfigError("parent and prefix are the same key; a block cannot be its own parent")
         if meta is not None and not isinstance(meta, BlockMeta):
             raise ConfigError(f"meta is a {type(meta).__name__}; pass a cascade_aio.BlockMeta")
-        raw_meta = b"" if meta is None else encode_meta(meta)
+        raw_meta = b"" if meta is None else encode_meta(meta)  # ConfigError for what cannot be read back
         if len(raw_meta) > META_BYTES_MAX:
             raise ConfigError(f"meta takes {len(raw_meta)} bytes encoded, at most {META_BYTES_MAX} are stored")
         payload_bytes = payload_bytes_of(key_bytes, value_bytes)

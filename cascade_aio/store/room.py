@@ -120,6 +120,11 @@ class ArenaRoom:
                 ) from None
             raise
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a load or a store waits for room."""
+        return bool(self._loads or self._stores)
+
     def freed(self) -> None:
         """Room may have appeared: serve the queue in the next loop turn. Cheap when nobody waits."""
         if not self._scheduled and (self._loads or self._stores or self._ahead):

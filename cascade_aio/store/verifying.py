@@ -51,7 +51,9 @@ async def verify_root(context: StoreContext, on_progress: Callable[[int, int], N
     async with asyncio.TaskGroup() as tasks:
         for entry in entries:
             tasks.create_task(_verify_segment(context, entry, progress, gate))
-    known = sorted(progress.damage, key=lambda error: (error.path or "", error.offset or 0))
+    seen = {(error.path, error.offset) for error in progress.damage}
+    found_before = [error for error in context.damage if (error.path, error.offset) not in seen]
+    known = sorted([*progress.damage, *found_before], key=lambda error: (error.path or "", error.offset or 0))
     return VerifyReport(progress.blocks, progress.bytes, tuple(known))
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from cascade_aio.errors import ConfigError, TierFullError
+from cascade_aio.model import BlockMeta
 from cascade_aio.tiers.arena import open_arena
 from tests.store.conftest import OpenStore, block_bytes
 
@@ -119,3 +120,33 @@ async def test_a_forked_child_leaves_its_parents_store_alone(open_small: OpenSto
         await store.flush()
     async with open_small() as store, store.get(block_id) as block:
         assert bytes(block.key) == block_bytes(2)[0]
+
+
+async def test_concurrent_puts_of_stored_content_do_not_wait_for_each_other(open_small: OpenStore) -> None:
+    async with open_small(shm_bytes="8MiB", put_wait_seconds_max=60) as store:
+        data = [bytes([i]) * (1 << 19) for i in range(32)]
+        for part in data:
+            await store.put(part, part)
+        await store.flush()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(store.put(part, part) for part in data))
+
+
+async def test_a_root_without_its_description_is_not_made_anew(open_small: OpenStore, tmp_path: Path) -> None:
+    async with open_small() as store:
+        block_id = await store.put(*block_bytes(4))
+    description = (tmp_path / "kv" / "cascade.json").read_bytes()
+    (tmp_path / "kv" / "cascade.json").unlink()
+    with pytest.raises(ConfigError, match="restore"):
+        await open_small()
+    (tmp_path / "kv" / "cascade.json").write_bytes(description)
+    async with open_small() as store:
+        assert block_id in store
+
+
+@pytest.mark.parametrize("field", [{"dtype": 5}, {"shape": "4x4"}, {"tokens": "no"}, {"tokens": 1 << 70}])
+async def test_meta_that_could_not_be_read_back_is_refused(open_small: OpenStore, field: dict[str, object]) -> None:
+    async with open_small() as store:
+        with pytest.raises(ConfigError, match="meta"):
+            await store.put(b"k", b"v", meta=BlockMeta(**field))  # type: ignore[arg-type]
+        assert len(store) == 0
