@@ -23,8 +23,7 @@ from cascade_aio.errors import ConfigError, LeaseError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier
 
 if TYPE_CHECKING:
-    from cascade_aio.store.catalog import Copy
-    from cascade_aio.store.getting import Getter
+    from collections.abc import Sequence
 
 _PARTS_STEP = 64
 """Arrays given by ``ready`` between two looks at which of them still live."""
@@ -57,14 +56,52 @@ def is_early(ready: Readiness) -> bool:
     return ready == "first-bytes"
 
 
-class Lender(Protocol):
-    """Who takes leases back."""
+class Arriving(Protocol):
+    """What is there of a copy that is still being read."""
 
-    def release(self, copy: Copy, number: int) -> None:
+    @property
+    def complete(self) -> bool: ...
+
+    async def wait(self, start: int, stop: int) -> None:
+        """Return once the payload's bytes ``start`` up to ``stop`` are verified. Raises what the read failed with."""
+        ...
+
+
+class LeasedCopy(Protocol):
+    """What a lease needs of its copy: one in this process's catalog, or one that a service keeps."""
+
+    @property
+    def arrival(self) -> Arriving | None: ...
+    @property
+    def block_id(self) -> BlockId: ...
+    @property
+    def key_bytes(self) -> int: ...
+    @property
+    def value_bytes(self) -> int: ...
+    @property
+    def value_offset(self) -> int: ...
+    @property
+    def meta(self) -> bytes: ...
+    def key_view(self) -> memoryview: ...
+    def value_view(self) -> memoryview: ...
+
+
+class BlockSource(Protocol):
+    """Who gives leases for the request objects."""
+
+    def try_hot(self, name: BlockId | PrefixKey | str) -> Block | None: ...
+    async def load(self, name: BlockId | PrefixKey | str, *, early: bool = False) -> Block: ...
+    async def load_prefix(self, keys: Sequence[PrefixKey]) -> list[Block]: ...
+
+
+class Lender(Protocol):
+    """Who takes leases back; ``copy`` is the one it lent."""
+
+    def release(self, copy: Any, number: int) -> None:
         """On the loop's thread, from ordinary code."""
         ...
 
-    def release_later(self, copy: Copy, number: int) -> None:
+    def release_later(self, copy: Any, number: int) -> None:
         """From any thread and from finalizers, which may run in the middle of anything."""
         ...
 
@@ -85,8 +122,8 @@ class Block:
         "tier",
     )
 
-    def __init__(self, copy: Copy, tier: Tier, lender: Lender, number: int, where: str) -> None:
-        self._copy: Copy | None = copy
+    def __init__(self, copy: LeasedCopy, tier: Tier, lender: Lender, number: int, where: str) -> None:
+        self._copy: LeasedCopy | None = copy
         self._lender = lender
         self._number = number
         self._key: npt.NDArray[np.uint8] | None = None
@@ -97,12 +134,12 @@ class Block:
         self.tier = tier
         """Where the block was found when it was asked for."""
 
-    def _leased(self) -> Copy:
+    def _leased(self) -> LeasedCopy:
         if self._copy is None:
             raise LeaseError(f"this lease was released already (taken at {self._where}); get the block again")
         return self._copy
 
-    def _whole(self) -> Copy:
+    def _whole(self) -> LeasedCopy:
         copy = self._leased()
         if copy.arrival is not None and not copy.arrival.complete:
             raise LeaseError(
@@ -112,8 +149,8 @@ class Block:
         return copy
 
     @property
-    def leased_copy(self) -> Copy:
-        """The copy in the arena, for the store's own parts."""
+    def leased_copy(self) -> LeasedCopy:
+        """The copy in the arena, for the store's own parts: an embedded store's is a ``store.catalog.Copy``."""
         return self._leased()
 
     @property
@@ -222,7 +259,7 @@ class Block:
         else:
             self._release_views(copy)
 
-    def _release_views(self, copy: Copy) -> None:
+    def _release_views(self, copy: LeasedCopy) -> None:
         """Release now if nobody else refers to the arrays, else when the last of them dies."""
         arrays, views = [self._key, self._value, *(part() for part in self._parts)], self._views
         self._key = self._value = self._views = None
@@ -266,7 +303,7 @@ class Block:
         )
 
 
-async def _arrived(copy: Copy, start: int, stop: int) -> None:
+async def _arrived(copy: LeasedCopy, start: int, stop: int) -> None:
     """Return once bytes ``start`` up to ``stop`` of the payload may be looked at."""
     if copy.arrival is not None:
         await copy.arrival.wait(start, stop)
@@ -277,7 +314,7 @@ class _Survivors:
 
     __slots__ = ("_armed", "_copy", "_count", "_lender", "_number")
 
-    def __init__(self, copy: Copy, lender: Lender, number: int) -> None:
+    def __init__(self, copy: LeasedCopy, lender: Lender, number: int) -> None:
         self._copy = copy
         self._lender = lender
         self._number = number
@@ -313,7 +350,7 @@ class GetRequest:
 
     __slots__ = ("_block", "_early", "_getter", "_name")
 
-    def __init__(self, getter: Getter, name: BlockId | PrefixKey | str, *, early: bool = False) -> None:
+    def __init__(self, getter: BlockSource, name: BlockId | PrefixKey | str, *, early: bool = False) -> None:
         self._getter = getter
         self._name = name
         self._early = early

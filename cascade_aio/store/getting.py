@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
 from cascade_aio.errors import (
     BlockNotFoundError,
@@ -30,9 +31,18 @@ _PREFIX_ARENA_SHARE_MAX = 0.9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefixLookup:
-    """How much of a prompt is cached: ``tiers[i]`` is the fastest tier of the i-th leading block."""
+    """How much of a prompt is cached: ``tiers[i]`` is the fastest tier of the i-th leading block.
+
+    ``await`` it for the full answer: on an embedded store this one, on a client also what only its service knows.
+    """
 
     tiers: tuple[Tier, ...]
+
+    def __await__(self) -> Generator[Any, None, PrefixLookup]:
+        return self._full().__await__()
+
+    async def _full(self) -> PrefixLookup:
+        return self
 
     def __len__(self) -> int:
         return len(self.tiers)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from cascade_aio.config import parse_size
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier, as_bytes_view
-from cascade_aio.store.block import Block, GetRequest, Readiness, is_early
+from cascade_aio.store.block import Block, BlockSource, GetRequest, Readiness, is_early
 from cascade_aio.store.closing import close_store
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.getting import Getter, PrefixLookup
@@ -36,12 +36,55 @@ class BlockInfo:
     prefixes: int
 
 
+class BlockListing:
+    """What ``store.blocks`` returns: iterate over it, or ``async for`` as on a client of a service."""
+
+    __slots__ = ("_infos",)
+
+    def __init__(self, infos: Iterator[BlockInfo]) -> None:
+        self._infos = infos
+
+    def __iter__(self) -> Iterator[BlockInfo]:
+        return self
+
+    def __next__(self) -> BlockInfo:
+        return next(self._infos)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> BlockInfo:
+        for info in self._infos:
+            return info
+        raise StopAsyncIteration
+
+
+class Statistics(dict[str, Any]):
+    """What ``store.statistics`` returns: a JSON-ready dict. ``await`` it for the full answer: on an embedded
+    store this one, on a client that of its service."""
+
+    def __await__(self) -> Generator[Any, None, dict[str, Any]]:
+        return self._full().__await__()
+
+    async def _full(self) -> dict[str, Any]:
+        return self
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoreParts:
+    """What an open store is made of, for a service that lends it to other processes."""
+
+    context: StoreContext
+    getter: Getter
+    putter: Putter
+
+
 class PrefixRequest:
     """What ``store.get_prefix`` returns: ``await`` it for leases, or ``async with`` it for scoped ones."""
 
     __slots__ = ("_blocks", "_getter", "_keys")
 
-    def __init__(self, getter: Getter, keys: Sequence[PrefixKey]) -> None:
+    def __init__(self, getter: BlockSource, keys: Sequence[PrefixKey]) -> None:
         self._getter = getter
         self._keys = keys
         self._blocks: list[Block] = []
@@ -79,6 +122,11 @@ class Store:
         self._space = space
         self._prefetcher = prefetcher
 
+    @property
+    def parts(self) -> StoreParts:
+        """For the layers above: not part of the interface that stores and clients share."""
+        return StoreParts(self._context, self._getter, self._putter)
+
     def get(self, name: BlockId | PrefixKey | str, *, ready: Readiness = "whole") -> GetRequest:
         """A lease on a block: ``async with store.get(h) as block`` or ``block = await store.get(h)``.
 
@@ -109,6 +157,10 @@ class Store:
     def __contains__(self, name: BlockId | PrefixKey | str) -> bool:
         self._context.check()
         return self._getter.find(name) >= 0
+
+    async def contains(self, name: BlockId | PrefixKey | str) -> bool:
+        """Whether any tier holds the block; the same as ``in``, which on a client sees shared memory only."""
+        return name in self
 
     def __len__(self) -> int:
         """Blocks known to this store."""
@@ -247,9 +299,13 @@ class Store:
         names = self._prefetcher.checked(keys)
         return BlockStream(self._prefetcher, names, window_bytes=size, priority=priority, keep=keep, early=early)
 
-    def blocks(self) -> Iterator[BlockInfo]:
-        """All blocks known now. Do not await while iterating: the store may change under the iterator."""
+    def blocks(self) -> BlockListing:
+        """All blocks known now, for ``for`` or ``async for``. Await nothing else meanwhile: the store may
+        change under the iterator."""
         self._context.check()
+        return BlockListing(self._block_infos())
+
+    def _block_infos(self) -> Iterator[BlockInfo]:
         catalog = self._context.catalog
         index = catalog.index
         for row in index.rows():
@@ -274,8 +330,11 @@ class Store:
         await self._context.prefaulted.wait()
         self._context.check()
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         """Counters and sizes by tier since opening, JSON-ready. Synchronous, no I/O."""
+        return Statistics(self._statistics())
+
+    def _statistics(self) -> dict[str, Any]:
         context = self._context
         catalog = context.catalog
         return {
