@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import posixpath
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -19,15 +20,20 @@ from cascade_aio.abc.storage import Clock, FileEntry, Lock, Storage
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import DIGEST_KINDS
 from cascade_aio.segments.format import FORMAT_NAME, FORMAT_VERSION
+from cascade_aio.segments.hosts import Host, why_a_free_lock_proves_nothing
 
 ROOT_FILE = "cascade.json"
 WRITERS = "writers"
 SEGMENT_SUFFIX = ".seg"
+WRITER_FILE = "writer.json"
 CHECKPOINT_FILE = "checkpoint"
 SEQUENCE_DIGITS = 10
 
 SEQUENCES_RESERVED = 1024
 """Segment numbers that ``writer.json`` is ahead of use: one small write for so many segments."""
+
+LEFT_SECONDS_MAX = 3600.0
+"""A directory whose writer has closed it is kept for it so long; then it is taken for given up."""
 
 CREATE_SECONDS_MAX = 30.0
 """How long to wait for another process that creates the same root."""
@@ -63,10 +69,11 @@ class WriterClaim:
 
     writer: bytes
     path: str
-    host: str
+    host: Host
     sequence_next: int
     lock: Lock | None
     adopted: bool
+    clock: Clock | None = None
     reserved_end: int = 0
     reserving: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock, repr=False)
 
@@ -88,17 +95,23 @@ class WriterClaim:
         An adopted directory does so with the first number: a full disk can be opened.
         """
         end = self.sequence_next + SEQUENCES_RESERVED
-        await self._record(storage, end)
+        await self._record(storage, end, 0)
         self.reserved_end = max(self.reserved_end, end)
 
     async def save(self, storage: Storage) -> None:
-        """At a clean end: record exactly the next number. None may be taken any more."""
-        await self._record(storage, self.sequence_next)
+        """At a clean end: record exactly the next number, and when that was. None may be taken any more."""
+        await self._record(storage, self.sequence_next, 1 if self.clock is None else self.clock.wall_ns())
         self.reserved_end = self.sequence_next
 
-    async def _record(self, storage: Storage, sequence: int) -> None:
-        description = {"writer": self.writer.hex(), "host": self.host, "sequence_next": sequence}
-        await _write_json(storage, posixpath.join(self.path, "writer.json"), description)
+    async def _record(self, storage: Storage, sequence: int, closed_ns: int) -> None:
+        description = {
+            "writer": self.writer.hex(),
+            "host": self.host.name,
+            "boot": self.host.boot,
+            "sequence_next": sequence,
+            "closed_ns": closed_ns,
+        }
+        await _write_json(storage, posixpath.join(self.path, WRITER_FILE), description)
 
     def release(self) -> None:
         if self.lock is not None:
@@ -227,49 +240,140 @@ def _check_root(root: str, found: dict[str, Any], digest: str) -> Root:
     return Root(root, store, digest, created=False)
 
 
-async def claim_writer(storage: Storage, root: Root, host: str) -> WriterClaim:
-    """Adopt an unlocked writer directory of this host, else make a new one.
+async def claim_writer(storage: Storage, root: Root, host: Host, clock: Clock | None = None) -> WriterClaim:
+    """Take over a writer directory whose writer is gone, the one closed last before all, else make a new one.
 
     The caller releases the claim. Raises ``ConfigError`` if the root is not writable.
     """
     try:
-        for entry in await storage.list_directory(root.writers_path):
-            if entry.is_dir and (writer := _writer_id(entry.name)) is not None:
-                claim = await _adopt(storage, root, writer, host)
+        found = [await _read_writer(storage, root, writer) for writer in await list_writers(storage, root)]
+        known = [each for each in found if not isinstance(each, str)]
+        for directory in sorted(known, key=lambda each: each.closed_ns, reverse=True):
+            if why_a_free_lock_proves_nothing(directory.description, host) is None:
+                claim = await _adopt(storage, root, directory.writer, host, clock)
                 if claim is not None:
                     return claim
-        return await _new_writer(storage, root, host)
+        return await _new_writer(storage, root, host, clock)
     except OSError as exc:
         raise ConfigError(f"{root.path} is not writable: {exc.strerror}; check its permissions and free space") from exc
 
 
-async def _adopt(storage: Storage, root: Root, writer: bytes, host: str) -> WriterClaim | None:
-    path = posixpath.join(root.writers_path, writer.hex())
+@dataclasses.dataclass(slots=True)
+class DeadWriters:
+    """What ``claim_dead`` found: the claims it made, and why other directories with segments were left alone."""
+
+    claims: list[WriterClaim] = dataclasses.field(default_factory=list)
+    left: dict[bytes, str] = dataclasses.field(default_factory=dict)
+
+
+async def claim_dead(
+    storage: Storage,
+    root: Root,
+    host: Host,
+    clock: Clock,
+    *,
+    except_for: Collection[bytes],
+    closed_too: bool = False,
+    vouched_for: Collection[bytes] = (),
+) -> DeadWriters:
+    """Claim every directory that holds segments and whose writer is provably dead; the lock decides races.
+
+    One that was closed is left for ``LEFT_SECONDS_MAX`` to whoever comes back for it, unless ``closed_too``.
+    ``vouched_for`` are writers that somebody knows to be dead. The caller releases the claims. Raises
+    ``OSError``; what was claimed before is released then.
+    """
+    found = DeadWriters()
     try:
-        description = await _read_json(storage, posixpath.join(path, "writer.json"))
-    except (FileNotFoundError, ConfigError):
-        return None  # whose directory it is cannot be told; its segments are read like those of others
-    if description.get("host") != host or description.get("writer") != writer.hex():
-        return None
+        for writer in await list_writers(storage, root):
+            if writer in except_for:
+                continue
+            directory = await _read_writer(storage, root, writer)
+            try:
+                if not list_segments(await storage.list_directory(_writer_path(root, writer))):
+                    continue
+            except FileNotFoundError:
+                continue
+            if isinstance(directory, str):
+                found.left[writer] = directory
+                continue
+            age_ns = clock.wall_ns() - directory.closed_ns
+            if directory.closed_ns and not closed_too and age_ns < LEFT_SECONDS_MAX * 1e9:
+                continue
+            doubt = why_a_free_lock_proves_nothing(directory.description, host)
+            if doubt is not None and writer not in vouched_for:
+                found.left[writer] = doubt
+                continue
+            claim = await _adopt(storage, root, writer, host, clock)
+            if claim is None:
+                found.left[writer] = "its lock is held: its writer is alive"
+            else:
+                found.claims.append(claim)
+    except BaseException:
+        for claim in found.claims:
+            claim.release()
+        raise
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Directory:
+    writer: bytes
+    description: dict[str, Any]
+
+    @property
+    def closed_ns(self) -> int:
+        """When its writer closed it; 0: it did not."""
+        closed_ns = self.description.get("closed_ns")
+        return closed_ns if isinstance(closed_ns, int) else 0
+
+    @property
+    def sequence_next(self) -> int:
+        sequence = self.description.get("sequence_next")
+        return sequence if isinstance(sequence, int) else 1
+
+
+def _writer_path(root: Root, writer: bytes) -> str:
+    return posixpath.join(root.writers_path, writer.hex())
+
+
+async def _read_writer(storage: Storage, root: Root, writer: bytes) -> _Directory | str:
+    """What ``writer.json`` says, or why it cannot be told whose directory this is: then its segments are read
+    like those of others. Raises ``OSError``."""
+    try:
+        description = await _read_json(storage, posixpath.join(_writer_path(root, writer), WRITER_FILE))
+    except FileNotFoundError:
+        return f"it has no {WRITER_FILE}"
+    except ConfigError:
+        return f"its {WRITER_FILE} is damaged"
+    if description.get("writer") != writer.hex():
+        return f"its {WRITER_FILE} is that of another directory"
+    return _Directory(writer, description)
+
+
+async def _adopt(storage: Storage, root: Root, writer: bytes, host: Host, clock: Clock | None) -> WriterClaim | None:
+    """The claim of a directory that is nobody's; ``None`` if somebody has it, or is quicker. Raises ``OSError``."""
+    path = _writer_path(root, writer)
     try:
         lock = await storage.try_lock(posixpath.join(path, "lock"))
     except OSError as exc:
-        if exc.errno in _LOCKS_UNKNOWN:
+        if exc.errno in _LOCKS_UNKNOWN or isinstance(exc, FileNotFoundError):
             return None
         raise
     if lock is None:
         return None
     try:
+        directory = await _read_writer(storage, root, writer)  # of now: others may have had it since it was seen
         entries = await storage.list_directory(path)
         await _remove_temporary(storage, path, entries)
-        sequences = [sequence for sequence, _ in list_segments(entries)]
-        recorded = description.get("sequence_next")
-        following = max([recorded if isinstance(recorded, int) else 1, *(sequence + 1 for sequence in sequences)])
-        claim = WriterClaim(writer, path, host, following, lock, adopted=True)
+        recorded = 1 if isinstance(directory, str) else directory.sequence_next
+        following = max([recorded, *(sequence + 1 for sequence, _ in list_segments(entries))])
+        return WriterClaim(writer, path, host, following, lock, adopted=True, clock=clock)
+    except FileNotFoundError:
+        lock.release()
+        return None
     except BaseException:
         lock.release()
         raise
-    return claim
 
 
 async def _remove_temporary(storage: Storage, path: str, entries: list[FileEntry]) -> None:
@@ -279,9 +383,9 @@ async def _remove_temporary(storage: Storage, path: str, entries: list[FileEntry
             await storage.unlink(posixpath.join(path, entry.name))
 
 
-async def _new_writer(storage: Storage, root: Root, host: str) -> WriterClaim:
+async def _new_writer(storage: Storage, root: Root, host: Host, clock: Clock | None) -> WriterClaim:
     writer = uuid.uuid4().bytes
-    path = posixpath.join(root.writers_path, writer.hex())
+    path = _writer_path(root, writer)
     await storage.make_directory(path)
     await storage.sync_directory(root.writers_path)
     try:
@@ -290,7 +394,7 @@ async def _new_writer(storage: Storage, root: Root, host: str) -> WriterClaim:
         if exc.errno not in _LOCKS_UNKNOWN:
             raise
         lock = None
-    claim = WriterClaim(writer, path, host, 1, lock, adopted=False)
+    claim = WriterClaim(writer, path, host, 1, lock, adopted=False, clock=clock)
     try:
         await claim.reserve(storage)
     except BaseException:

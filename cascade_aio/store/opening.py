@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-import socket
 import warnings
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
@@ -26,6 +25,7 @@ from cascade_aio.core.policies import HitDensity
 from cascade_aio.errors import ConfigError
 from cascade_aio.io.engine import EngineLimits
 from cascade_aio.io.platform import open_platform
+from cascade_aio.segments.hosts import this_host
 from cascade_aio.segments.layout import claim_writer, open_root
 from cascade_aio.segments.reader import SegmentReader
 from cascade_aio.segments.stripe import prepare_directory
@@ -141,7 +141,8 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     if arena is None:
         arena = await open_arena(os.path.join(config.shm_dir, arena_name(config)), config.shm_bytes)
     undo.push_sync(arena.close)
-    claim = await claim_writer(storage, root, socket.gethostname())
+    host = await asyncio.to_thread(this_host, config.root)
+    claim = await claim_writer(storage, root, host, platform.clock)
     undo.push_sync(claim.release)
     stripe = await _stripe(config, claim.path)
     clock = HybridClock()

@@ -14,6 +14,7 @@ from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.checkpoint import Cover
 from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, Location, TombstoneFact
+from cascade_aio.segments.hosts import Host
 from cascade_aio.segments.layout import Root, WriterClaim, claim_writer, open_root
 from cascade_aio.segments.pending import PendingRecord
 from cascade_aio.segments.reader import RecordRead, SegmentReader
@@ -130,7 +131,7 @@ class Process:
 async def start(storage: MemoryStorage, limits: WriterLimits = QUIET, host: str = "node") -> Process:
     """Open the root without running the writer."""
     root = await open_root(storage, ROOT, "sha256", clock=ManualClock())
-    return Process(storage, root, await claim_writer(storage, root, host), limits)
+    return Process(storage, root, await claim_writer(storage, root, Host(host, f"boot of {host}")), limits)
 
 
 @contextlib.asynccontextmanager

@@ -9,10 +9,18 @@ import pytest
 
 from cascade_aio.errors import ConfigError
 from cascade_aio.segments.format import SegmentIdentity
-from cascade_aio.segments.layout import SEQUENCES_RESERVED, claim_writer, list_writers, open_root
+from cascade_aio.segments.hosts import Host, why_a_free_lock_proves_nothing
+from cascade_aio.segments.layout import (
+    LEFT_SECONDS_MAX,
+    SEQUENCES_RESERVED,
+    claim_dead,
+    claim_writer,
+    list_writers,
+    open_root,
+)
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.testing.clock import ManualClock
-from cascade_aio.testing.memory import MemoryDisk, MemoryStorage
+from cascade_aio.testing.memory import MemoryDisk, MemoryStorage, Operation
 
 CLOCK = ManualClock()
 
@@ -76,15 +84,15 @@ async def test_a_root_that_cannot_be_written_is_refused(code: int) -> None:
 async def test_writer_directories_are_adopted_by_the_same_host_one_at_a_time() -> None:
     storage = MemoryStorage()
     root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
-    first = await claim_writer(storage, root, "a")
-    second = await claim_writer(storage, root, "a")
+    first = await claim_writer(storage, root, Host("a", "boot of a"))
+    second = await claim_writer(storage, root, Host("a", "boot of a"))
     assert first.writer != second.writer
     assert await first.take_sequence(storage) == 1
     await first.save(storage)
     first.release()
-    other_host = await claim_writer(storage, root, "b")
+    other_host = await claim_writer(storage, root, Host("b", "boot of b"))
     assert other_host.writer not in (first.writer, second.writer), "a lock proves nothing about another node"
-    adopted = await claim_writer(storage, root, "a")
+    adopted = await claim_writer(storage, root, Host("a", "boot of a"))
     assert (adopted.writer, adopted.adopted, adopted.sequence_next) == (first.writer, True, 2)
     assert len(await list_writers(storage, root)) == 3
 
@@ -92,15 +100,15 @@ async def test_writer_directories_are_adopted_by_the_same_host_one_at_a_time() -
 async def test_a_crashed_writer_directory_is_adopted_above_its_files() -> None:
     storage = MemoryStorage()
     root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
-    claim = await claim_writer(storage, root, "a")
+    claim = await claim_writer(storage, root, Host("a", "boot of a"))
     await storage.create(f"{claim.path}/0000000041.seg")
     await storage.create(f"{claim.path}/notes.txt")
     after = storage.kill()
-    adopted = await claim_writer(after, root, "a")
+    adopted = await claim_writer(after, root, Host("a", "boot of a"))
     assert adopted.sequence_next == 1 + SEQUENCES_RESERVED, "what the killed process may have used"
     adopted.release()
     await after.create(f"{claim.path}/0000009999.seg")
-    assert (await claim_writer(after.kill(), root, "a")).sequence_next == 10_000
+    assert (await claim_writer(after.kill(), root, Host("a", "boot of a"))).sequence_next == 10_000
 
 
 async def test_numbers_are_never_reused_even_when_a_killed_process_removed_its_segments() -> None:
@@ -108,7 +116,7 @@ async def test_numbers_are_never_reused_even_when_a_killed_process_removed_its_s
     root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
     used: list[int] = []
     for session in range(4):
-        claim = await claim_writer(storage, root, "a")
+        claim = await claim_writer(storage, root, Host("a", "boot of a"))
         used += [await claim.take_sequence(storage) for _ in range(1 + session * SEQUENCES_RESERVED * 2 // 3)]
         if session == 1:
             await claim.save(storage)
@@ -122,7 +130,7 @@ async def test_numbers_are_never_reused_even_when_a_killed_process_removed_its_s
 async def test_a_number_that_cannot_be_reserved_is_not_given_out() -> None:
     storage = MemoryStorage()
     root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
-    claim = await claim_writer(storage, root, "a")
+    claim = await claim_writer(storage, root, Host("a", "boot of a"))
     for _ in range(SEQUENCES_RESERVED):
         await claim.take_sequence(storage)
     storage.hooks.append(lambda op: OSError(errno.ENOSPC, "full") if op.name == "write_small" else None)
@@ -133,7 +141,7 @@ async def test_a_number_that_cannot_be_reserved_is_not_given_out() -> None:
 async def test_every_directory_that_was_created_is_synced() -> None:
     storage = MemoryStorage()
     root = await open_root(storage, "/data/team/kv", "sha256", clock=CLOCK)
-    await claim_writer(storage, root, "a")
+    await claim_writer(storage, root, Host("a", "boot of a"))
     survivor = storage.crash()
     assert (await open_root(survivor, "/data/team/kv", "sha256", clock=CLOCK)).store == root.store
 
@@ -141,7 +149,7 @@ async def test_every_directory_that_was_created_is_synced() -> None:
 async def test_without_locks_every_opener_gets_its_own_directory() -> None:
     storage = MemoryStorage(MemoryDisk(locks=False))
     root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
-    claims = [await claim_writer(storage, root, "a") for _ in range(3)]
+    claims = [await claim_writer(storage, root, Host("a", "boot of a")) for _ in range(3)]
     assert len({claim.writer for claim in claims}) == 3
     assert all(claim.lock is None and not claim.adopted for claim in claims)
 
@@ -184,3 +192,67 @@ async def test_descriptors_are_bounded_and_shared() -> None:
     assert table2.open_handles == 0, "a failed open leaves nothing"
     await table.aclose()
     assert not storage.open_files
+
+
+def test_a_free_lock_proves_death_only_within_one_kernel() -> None:
+    here = Host("a", "boot-1")
+    assert why_a_free_lock_proves_nothing({"host": "a", "boot": "boot-1"}, here) is None
+    assert why_a_free_lock_proves_nothing({"host": "container", "boot": "boot-1"}, here) is None
+    assert "host b" in str(why_a_free_lock_proves_nothing({"host": "b", "boot": "boot-2"}, here))
+    assert "another boot" in str(why_a_free_lock_proves_nothing({"host": "a", "boot": "boot-2"}, here))
+    assert "another boot" in str(why_a_free_lock_proves_nothing({"host": "a"}, Host("a", "")))
+    local = Host("a", "boot-1", sees_all_locks=True)
+    assert why_a_free_lock_proves_nothing({"host": "b", "boot": "boot-2"}, local) is None
+
+
+async def test_the_directory_that_was_closed_last_is_taken_first() -> None:
+    storage, clock, host = MemoryStorage(), ManualClock(tick_ns=1000), Host("a", "boot")
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    claims = [await claim_writer(storage, root, host, clock) for _ in range(4)]
+    for claim in (claims[0], claims[3], claims[1]):
+        await claim.save(storage)
+        claim.release()
+    claims[2].release()  # as if killed
+    taken = [(await claim_writer(storage, root, host, clock)).writer for _ in range(4)]
+    assert taken == [claims[number].writer for number in (1, 3, 0, 2)]
+
+
+async def test_numbers_that_others_used_between_the_look_and_the_lock_are_not_used_again() -> None:
+    storage, host = MemoryStorage(), Host("a", "boot")
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    first = await claim_writer(storage, root, host)
+    first.release()
+
+    async def quicker(operation: Operation) -> None:
+        if operation.name == "try_lock" and not operation.after:
+            storage.hooks.clear()
+            other = await claim_writer(storage, root, host)
+            assert [await other.take_sequence(storage) for _ in range(3)] == [1025, 1026, 1027]
+            await other.save(storage)
+            other.release()
+
+    storage.hooks.append(quicker)
+    assert (await claim_writer(storage, root, host)).sequence_next == 1028
+
+
+async def test_dead_writers_with_segments_are_claimed_and_others_are_named() -> None:
+    storage, clock, here = MemoryStorage(), ManualClock(), Host("a", "boot")
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    hosts = {"alive": here, "dead": here, "closed": here, "empty": here, "far": Host("b", "other"), "nameless": here}
+    claims = {name: await claim_writer(storage, root, host, clock) for name, host in hosts.items()}
+    for name, claim in claims.items():
+        if name != "empty":
+            await storage.create(f"{claim.path}/0000000001.seg")
+        if name == "closed":
+            await claim.save(storage)
+        if name != "alive":
+            claim.release()
+    await storage.unlink(f"{claims['nameless'].path}/writer.json")
+    mine = {claims["alive"].writer}
+    found = await claim_dead(storage, root, here, clock, except_for=mine)
+    assert [claim.writer for claim in found.claims] == [claims["dead"].writer]
+    assert found.left.keys() == {claims["far"].writer, claims["nameless"].writer}
+    clock.advance(LEFT_SECONDS_MAX)
+    later = await claim_dead(storage, root, here, clock, except_for=mine, vouched_for={claims["far"].writer})
+    assert {claim.writer for claim in later.claims} == {claims["closed"].writer, claims["far"].writer}
+    assert "alive" in later.left[claims["dead"].writer], "claimed already"
