@@ -22,11 +22,15 @@ PAGE_BYTES = 4096
 
 
 class Priority(enum.IntEnum):
-    """Service order of queued I/O: what a request waits for, before writes, before the rest."""
+    """Service order of queued I/O: what a request waits for, before writes, before the rest.
+
+    ``IDLE`` is upkeep that nobody waits for: compaction, scrubbing.
+    """
 
     DEMAND = 0
     WRITE = 1
     BACKGROUND = 2
+    IDLE = 3
 
 
 class Urgency:

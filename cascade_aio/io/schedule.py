@@ -1,6 +1,7 @@
-"""Which class of I/O is served next: three queues and a guaranteed share. Pure.
+"""Which class of I/O is served next: a queue per class and a guaranteed share. Pure.
 
-The rule. DEMAND goes before WRITE, WRITE before BACKGROUND; within a class first come, first served.
+The rule. DEMAND goes before WRITE, WRITE before BACKGROUND, that before IDLE; within a class first come,
+first served.
 So that nothing starves, a lower class that waits while bytes of a higher one are served earns a share
 of them (``SHARES``); once it has earned ``QUANTUM_BYTES`` it is served one request out of turn, whose
 bytes are then owed back. On average a waiting class gets its share of the bandwidth, never more than
@@ -20,13 +21,13 @@ from cascade_aio.abc.storage import Priority
 
 T = TypeVar("T")
 
-SHARES = {Priority.DEMAND: 0.0, Priority.WRITE: 1 / 8, Priority.BACKGROUND: 1 / 16}
+SHARES = {Priority.DEMAND: 0.0, Priority.WRITE: 1 / 8, Priority.BACKGROUND: 1 / 16, Priority.IDLE: 1 / 32}
 """Part of the bytes of higher classes that a waiting class earns."""
 
 QUANTUM_BYTES = 64 << 10
 """Earnings at which a lower class is served out of turn: small against one large request."""
 
-IN_FLIGHT_PARTS = {Priority.DEMAND: 1.0, Priority.WRITE: 0.75, Priority.BACKGROUND: 0.5}
+IN_FLIGHT_PARTS = {Priority.DEMAND: 1.0, Priority.WRITE: 0.75, Priority.BACKGROUND: 0.5, Priority.IDLE: 0.25}
 """Part of the bounds on requests and bytes in flight that a class and those below it may fill together."""
 
 CHARGE_BYTES_MIN = 4096

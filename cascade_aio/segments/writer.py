@@ -58,6 +58,9 @@ FIRST_PAUSE_SHARE = 1 / 8
 SHORTAGE_SECONDS_MAX = 30.0
 """A flush waits this long for descriptors or memory before it is told."""
 
+DUE_SECONDS = 1e-6
+"""What is due so soon is due now: a timer this short may end without the clock having moved, and again, for ever."""
+
 _SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -691,7 +694,7 @@ async def _until_due(wake: asyncio.Event, due_in_s: Callable[[], float | None]) 
     while True:
         wake.clear()
         delay_s = due_in_s()
-        if delay_s is not None and delay_s <= 0:
+        if delay_s is not None and delay_s <= DUE_SECONDS:
             return
         try:
             async with asyncio.timeout(delay_s):

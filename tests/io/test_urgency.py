@@ -58,8 +58,8 @@ async def test_what_waits_goes_before_its_former_class(storage: PosixStorage, tm
     assert await ends_before_the_background(storage, tmp_path, rises=True)
     idle = storage.statistics()
     assert (idle["requests_in_flight"], idle["bytes_in_flight"], idle["queued"]) == (0, 0, 0)
-    assert storage.engine._class_requests == [0, 0, 0]
-    assert storage.engine._class_bytes == [0, 0, 0]
+    assert storage.engine._class_requests == [0 for _ in Priority]
+    assert storage.engine._class_bytes == [0 for _ in Priority]
 
 
 async def test_without_a_rise_it_waits_its_turn(storage: PosixStorage, tmp_path: Path) -> None:
@@ -78,4 +78,4 @@ async def test_a_rise_after_the_end_or_after_a_cancellation_does_nothing(storage
     found = page_buffer(4 * PAGE_BYTES)
     assert await storage.read(file, [found], 0, priority=urgency) == 4 * PAGE_BYTES
     urgency.rise(Priority.DEMAND)
-    assert storage.engine._class_requests == [0, 0, 0]
+    assert storage.engine._class_requests == [0 for _ in Priority]

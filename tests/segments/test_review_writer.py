@@ -13,7 +13,7 @@ import pytest
 from cascade_aio.errors import BrokenTierError, TierFullError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.pending import Append, PendingQueue, TicketFifo
-from cascade_aio.segments.writer import SHORTAGE_SECONDS_MAX, WriterLimits
+from cascade_aio.segments.writer import SHORTAGE_SECONDS_MAX, WriterLimits, _until_due
 from cascade_aio.testing.memory import MemoryStorage, Operation
 from cascade_aio.testing.world import fail_with, virtual_loop
 from tests.segments.harness import Block, Process, running
@@ -195,3 +195,24 @@ def test_writes_that_fail_together_in_many_segments_are_one_failure() -> None:
         assert process.writer.statistics.failures == 2 * LAZY.failures_max
 
     run(story)
+
+
+def test_what_is_due_within_the_resolution_of_the_clock_is_due() -> None:
+    """A timer of less than the clock can tell ends at once, and would be set again for ever."""
+
+    async def story() -> None:
+        asked = 0
+
+        def due_in_s() -> float:
+            nonlocal asked
+            asked += 1
+            assert asked < 10, "spinning"
+            return 1e-12
+
+        await _until_due(asyncio.Event(), due_in_s)
+
+    loop = virtual_loop()
+    try:
+        loop.run_until_complete(story())
+    finally:
+        loop.close()
