@@ -228,10 +228,10 @@ class BlockIndex:
         word = self._bindings.first_word(row)
         return word if word >= 0 else self._digest_words[row * CELL_WORDS]
 
-    def rows(self) -> Iterator[int]:
-        """Live rows, ascending. The index may change meanwhile: then a row added or removed while
+    def rows(self, first: int = 0) -> Iterator[int]:
+        """Live rows from ``first`` on, ascending. The index may change meanwhile: then a row added or removed while
         iterating may or may not be seen."""
-        for start in range(0, self._used, _SCAN_ROWS):
+        for start in range(first, self._used, _SCAN_ROWS):
             yield from (np.flatnonzero(self._flags_array[start : min(start + _SCAN_ROWS, self._used)]) + start).tolist()
 
     def rows_by_stamp(self) -> Iterator[int]:

@@ -49,6 +49,14 @@ def encode_meta(meta: BlockMeta) -> bytes:
     return raw
 
 
+def decode_meta(raw: bytes) -> BlockMeta:
+    """What ``encode_meta`` was given. Raises ``ConfigError`` for bytes that it never made."""
+    try:
+        return _meta_decoder.decode(raw)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"meta of {len(raw)} bytes is no BlockMeta: {error}") from None
+
+
 def is_early(ready: Readiness) -> bool:
     """Whether ``ready`` asks for a lease before all bytes are there. Raises ``ConfigError`` for another word."""
     if ready not in ("whole", "first-bytes"):

@@ -76,16 +76,9 @@ class Getter:
 
     def find(self, name: BlockId | PrefixKey | str) -> int:
         """The row of a name, or -1. Raises ``ConfigError`` for what is no name."""
-        if isinstance(name, str):
-            name = BlockId.from_hex(name)
-        if isinstance(name, bytes):
-            if len(name) == BLOCK_ID_BYTES:
-                return self._catalog.index.find(name)
-            if len(name) == PREFIX_KEY_BYTES:
-                return self._catalog.index.find_prefix(name)
-        raise ConfigError(
-            f"{name!r:.100} names no block; pass a BlockId, its {2 * BLOCK_ID_BYTES} hex digits, or a PrefixKey"
-        )
+        raw = raw_name(name)
+        index = self._catalog.index
+        return index.find(raw) if len(raw) == BLOCK_ID_BYTES else index.find_prefix(raw)
 
     def resolve(self, name: BlockId | PrefixKey | str) -> int:
         """The row of a name. Raises ``BlockNotFoundError`` for an unknown one."""
@@ -159,9 +152,7 @@ class Getter:
         return PrefixLookup(tuple(tiers))
 
     def find_prefix(self, key: PrefixKey) -> int:
-        if not is_prefix_key(key):
-            raise ConfigError(f"{key!r:.100} is no PrefixKey; make them with cascade_aio.prefix_keys(token_ids, ...)")
-        return self._catalog.index.find_prefix(key)
+        return self._catalog.index.find_prefix(raw_prefix(key))
 
     async def load_prefix(self, keys: Sequence[PrefixKey]) -> list[Block]:
         """Leases on the longest cached prefix, read in parallel; it ends before the first block that fails."""
@@ -230,6 +221,23 @@ class Getter:
                 break
             rows.append(row)
         return rows
+
+
+def raw_name(name: BlockId | PrefixKey | str) -> bytes:
+    """The 16 bytes of a block id or the 32 of a prefix key. Raises ``ConfigError`` for what names no block."""
+    raw: object = BlockId.from_hex(name) if isinstance(name, str) else name
+    if isinstance(raw, bytes) and len(raw) in (BLOCK_ID_BYTES, PREFIX_KEY_BYTES):
+        return raw
+    raise ConfigError(
+        f"{name!r:.100} names no block; pass a BlockId, its {2 * BLOCK_ID_BYTES} hex digits, or a PrefixKey"
+    )
+
+
+def raw_prefix(key: PrefixKey) -> bytes:
+    """The bytes of a prefix key. Raises ``ConfigError`` for anything else."""
+    if not is_prefix_key(key):
+        raise ConfigError(f"{key!r:.100} is no PrefixKey; make them with cascade_aio.prefix_keys(token_ids, ...)")
+    return key
 
 
 def _not_found(name: object, why: str) -> BlockNotFoundError:

@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from cascade_aio.abc.storage import Priority
 from cascade_aio.core.prefetch import MIB, Act, Action, PrefetchPlanner, WindowBounds
@@ -25,7 +25,7 @@ from cascade_aio.errors import BlockTooLargeError, ClosedError, ConfigError, Int
 from cascade_aio.model import BlockId, PrefixKey
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
-from cascade_aio.store.getting import Getter
+from cascade_aio.store.getting import Getter, raw_name
 from cascade_aio.store.loading import Waiter
 from cascade_aio.store.room import Claim
 
@@ -301,10 +301,22 @@ class Pump:
             self.advance()
 
 
+class Plan(Protocol):
+    """What a handle shows of its prefetch: a ``Pump``, or one that a service performs."""
+
+    @property
+    def progress(self) -> PrefetchProgress: ...
+    @property
+    def finished(self) -> asyncio.Event: ...
+    @property
+    def failure(self) -> Exception | None: ...
+    def stop(self) -> None: ...
+
+
 class PrefetchHandle:
     """What ``store.prefetch`` returns. Nothing depends on it: dropping it leaves the prefetch going."""
 
-    def __init__(self, pump: Pump) -> None:
+    def __init__(self, pump: Plan) -> None:
         self._pump = pump
 
     @property
@@ -354,13 +366,7 @@ class Prefetcher:
 
     def checked(self, names: Sequence[Name]) -> list[Name]:
         """The names, each known to be one. Raises ``ConfigError``."""
-        if isinstance(names, str | bytes):
-            raise ConfigError("keys is one name; pass a sequence of BlockIds, hex strings or PrefixKeys")
-        if len(names) > KEYS_MAX:
-            raise ConfigError(f"{len(names)} blocks are more than one call takes ({KEYS_MAX}); pass them in parts")
-        for name in names:
-            self.getter.find(name)
-        return list(names)
+        return checked_names(names)
 
     def begin(self, pump: Pump) -> None:
         self._plans += 1
@@ -397,6 +403,17 @@ class Prefetcher:
             "window_bytes": sum(pump.planner.window_bytes for pump in live),
             "ahead_bytes": sum(pump.planner.ahead_bytes for pump in live),
         }
+
+
+def checked_names(names: Sequence[Name]) -> list[Name]:
+    """At most ``KEYS_MAX`` names of blocks. Raises ``ConfigError`` for anything else."""
+    if isinstance(names, str | bytes):
+        raise ConfigError("keys is one name; pass a sequence of BlockIds, hex strings or PrefixKeys")
+    if len(names) > KEYS_MAX:
+        raise ConfigError(f"{len(names)} blocks are more than one call takes ({KEYS_MAX}); pass them in parts")
+    for name in names:
+        raw_name(name)
+    return list(names)
 
 
 def _priority(priority: PrefetchPriority) -> Priority:

@@ -48,6 +48,40 @@ class Draft:
         return self.header_bytes + self.payload_bytes
 
 
+def make_draft(
+    key_bytes: int,
+    value_bytes: int,
+    prefix: PrefixKey | None,
+    parent: PrefixKey | None,
+    meta: BlockMeta | None,
+) -> Draft:
+    """Lay a block out. Raises ``ConfigError`` for names or metadata that cannot be stored."""
+    for name, part in (("prefix", prefix), ("parent", parent)):
+        if part is not None and not is_prefix_key(part):
+            raise ConfigError(f"{name}={part!r:.100} is no PrefixKey; make them with cascade_aio.prefix_keys()")
+    if parent is not None and prefix is None:
+        raise ConfigError("parent was given without prefix; a parent belongs to a prefix key, pass both")
+    if parent is not None and parent == prefix:
+        raise ConfigError("parent and prefix are the same key; a block cannot be its own parent")
+    if meta is not None and not isinstance(meta, BlockMeta):
+        raise ConfigError(f"meta is a {type(meta).__name__}; pass a cascade_aio.BlockMeta")
+    raw_meta = b"" if meta is None else encode_meta(meta)  # ConfigError for what cannot be read back
+    if len(raw_meta) > META_BYTES_MAX:
+        raise ConfigError(f"meta takes {len(raw_meta)} bytes encoded, at most {META_BYTES_MAX} are stored")
+    payload_bytes = payload_bytes_of(key_bytes, value_bytes)
+    pages = header_pages_for(payload_bytes, len(raw_meta), 0 if prefix is None else 1)
+    return Draft(
+        key_bytes,
+        value_bytes,
+        value_offset_of(key_bytes),
+        pages * PAGE_BYTES,
+        payload_bytes,
+        prefix,
+        parent,
+        raw_meta,
+    )
+
+
 class Putter:
     """Writes of one store."""
 
@@ -147,30 +181,8 @@ class Putter:
         parent: PrefixKey | None,
         meta: BlockMeta | None,
     ) -> Draft:
-        for name, part in (("prefix", prefix), ("parent", parent)):
-            if part is not None and not is_prefix_key(part):
-                raise ConfigError(f"{name}={part!r:.100} is no PrefixKey; make them with cascade_aio.prefix_keys()")
-        if parent is not None and prefix is None:
-            raise ConfigError("parent was given without prefix; a parent belongs to a prefix key, pass both")
-        if parent is not None and parent == prefix:
-            raise ConfigError("parent and prefix are the same key; a block cannot be its own parent")
-        if meta is not None and not isinstance(meta, BlockMeta):
-            raise ConfigError(f"meta is a {type(meta).__name__}; pass a cascade_aio.BlockMeta")
-        raw_meta = b"" if meta is None else encode_meta(meta)  # ConfigError for what cannot be read back
-        if len(raw_meta) > META_BYTES_MAX:
-            raise ConfigError(f"meta takes {len(raw_meta)} bytes encoded, at most {META_BYTES_MAX} are stored")
-        payload_bytes = payload_bytes_of(key_bytes, value_bytes)
-        pages = header_pages_for(payload_bytes, len(raw_meta), 0 if prefix is None else 1)
-        return Draft(
-            key_bytes,
-            value_bytes,
-            value_offset_of(key_bytes),
-            pages * PAGE_BYTES,
-            payload_bytes,
-            prefix,
-            parent,
-            raw_meta,
-        )
+        """Raises ``ConfigError``; see ``make_draft``."""
+        return make_draft(key_bytes, value_bytes, prefix, parent, meta)
 
     def seal(self, draft: Draft, extent: Extent, ingested: Ingested) -> tuple[BlockId, bool]:
         """Make the block visible: (its id, whether ``extent`` is now the catalog's).
@@ -276,9 +288,7 @@ class ReserveRequest:
         parent: PrefixKey | None,
         meta: BlockMeta | None,
     ) -> None:
-        for name, nbytes in (("key_bytes", key_bytes), ("value_bytes", value_bytes)):
-            if isinstance(nbytes, bool) or nbytes != int(nbytes) or nbytes < 0:
-                raise ConfigError(f"{name}={nbytes!r} must be a number of bytes, 0 or more")
+        check_part_sizes(key_bytes, value_bytes)
         self._context = context
         self._putter = putter
         self._draft = putter.draft(key_bytes, value_bytes, prefix, parent, meta)
@@ -308,7 +318,7 @@ class ReserveRequest:
         slot, extent = self._slot, self._extent
         assert slot is not None, "entered"
         assert extent is not None, "entered"
-        survivors = _take_arrays(slot)
+        survivors = take_arrays(slot)
         try:
             if error is None:
                 self._context.check()
@@ -376,7 +386,14 @@ class ReserveRequest:
         self._context.room.freed()
 
 
-def _take_arrays(slot: Slot) -> list[weakref.ref[npt.NDArray[np.uint8]]]:
+def check_part_sizes(key_bytes: int, value_bytes: int) -> None:
+    """Raises ``ConfigError`` for what is no number of bytes."""
+    for name, nbytes in (("key_bytes", key_bytes), ("value_bytes", value_bytes)):
+        if isinstance(nbytes, bool) or nbytes != int(nbytes) or nbytes < 0:
+            raise ConfigError(f"{name}={nbytes!r} must be a number of bytes, 0 or more")
+
+
+def take_arrays(slot: Slot) -> list[weakref.ref[npt.NDArray[np.uint8]]]:
     """End the slot's own references; what is returned is still referenced by somebody else."""
     references = [weakref.ref(array) for array in slot._open()]
     slot._arrays = None

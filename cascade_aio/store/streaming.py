@@ -141,6 +141,10 @@ class BlockStream:
 
     async def aclose(self) -> None:
         """Release the last lease and cancel what is on its way for this stream alone. Repeated calls do nothing."""
+        self.stop()
+
+    def stop(self) -> None:
+        """``aclose`` for code that does not wait."""
         self._give_back()
         if self.ended_because is None:
             self._end("closed", None)
