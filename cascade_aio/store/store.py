@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from cascade_aio.abc.storage import ByteEngine
 from cascade_aio.config import parse_size
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier, as_bytes_view
@@ -210,21 +211,11 @@ class Store:
         not contiguous or of another length.
         """
         self._context.check()
-        targets = (_writable(key_buffer, "key_buffer"), _writable(value_buffer, "value_buffer"))
+        targets = writable_targets(key_buffer, value_buffer)
         block = self._getter.try_hot(name)
         if block is None:
             block = await self._getter.load(name)
-        try:
-            sources = block.views()
-            for target, source, part in zip(targets, sources, ("key", "value"), strict=True):
-                if len(target) != len(source):
-                    raise ConfigError(
-                        f"{part}_buffer has {len(target)} bytes and the {part} of block {block.block_id} has "
-                        f"{len(source)}; give buffers of exactly these lengths"
-                    )
-            await self._context.platform.engine.copy(list(zip(targets, sources, strict=True)))
-        finally:
-            block.release()
+        await copy_and_release(self._context.platform.engine, block, targets)
 
     async def flush(self) -> None:
         """Return once everything put, bound or deleted before this call is on stable storage.
@@ -303,17 +294,7 @@ class Store:
         """All blocks known now, for ``for`` or ``async for``. Await nothing else meanwhile: the store may
         change under the iterator."""
         self._context.check()
-        return BlockListing(self._block_infos())
-
-    def _block_infos(self) -> Iterator[BlockInfo]:
-        catalog = self._context.catalog
-        index = catalog.index
-        for row in index.rows():
-            tiers: tuple[Tier, ...] = (Tier.SHM,) if row in catalog.copies else ()
-            if index.location(row) is not None:
-                tiers += (Tier.DISK,)
-            key_bytes, value_bytes = index.lengths(row)
-            yield BlockInfo(index.block_id(row), key_bytes, value_bytes, tiers, len(index.bindings(row)))
+        return BlockListing(info for _, info in list_blocks(self._context))
 
     async def verify(self, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read every record of the root and check it; ``on_progress(bytes_done, bytes_total)``.
@@ -384,3 +365,35 @@ def _writable(buffer: Buffer, name: str) -> memoryview:
     if view.readonly and view.nbytes:
         raise ConfigError(f"{name} is read-only; pass a writable buffer")
     return view
+def list_blocks(context: StoreContext, first_row: int = 0) -> Iterator[tuple[int, BlockInfo]]:
+    """Every block in a row from ``first_row`` on, with its row."""
+    catalog = context.catalog
+    index = catalog.index
+    for row in index.rows(first_row):
+        tiers: tuple[Tier, ...] = (Tier.SHM,) if row in catalog.copies else ()
+        if index.location(row) is not None:
+            tiers += (Tier.DISK,)
+        key_bytes, value_bytes = index.lengths(row)
+        yield row, BlockInfo(index.block_id(row), key_bytes, value_bytes, tiers, len(index.bindings(row)))
+
+
+def writable_targets(key_buffer: Buffer, value_buffer: Buffer) -> tuple[memoryview, memoryview]:
+    """Flat views of the buffers of ``read_into``. Raises ``ConfigError`` for one that cannot be written to."""
+    return _writable(key_buffer, "key_buffer"), _writable(value_buffer, "value_buffer")
+
+
+async def copy_and_release(engine: ByteEngine, block: Block, targets: tuple[memoryview, memoryview]) -> None:
+    """The copying of ``read_into``. Raises ``ConfigError`` for buffers of another length; releases in any case."""
+    try:
+        sources = block.views()
+        for target, source, part in zip(targets, sources, ("key", "value"), strict=True):
+            if len(target) != len(source):
+                raise ConfigError(
+                    f"{part}_buffer has {len(target)} bytes and the {part} of block {block.block_id} has "
+                    f"{len(source)}; give buffers of exactly these lengths"
+                )
+        await engine.copy(list(zip(targets, sources, strict=True)))
+    finally:
+        block.release()
+
+
