@@ -267,6 +267,10 @@ class Slot:
         """Writable uint8 array of shape (value_bytes,)."""
         return self._open()[1]
 
+    def seal_as(self, block_id: BlockId) -> None:
+        """For the store: the scope has ended cleanly."""
+        self._block_id = block_id
+
     @property
     def block_id(self) -> BlockId:
         """The id of the sealed block. Raises ``LeaseError`` before the scope has ended cleanly."""
@@ -334,7 +338,7 @@ class ReserveRequest:
         context, draft = self._context, self._draft
         known = self._putter.bound(draft.prefix) or self._known  # told ``bound``, nobody had to fill it
         if known is not None:
-            slot._block_id = known
+            slot.seal_as(known)
             return
         ingested = await context.platform.engine.digest(
             extent.memory[draft.header_bytes :],
@@ -345,7 +349,8 @@ class ReserveRequest:
             context.config.digest,
         )
         context.check()
-        slot._block_id, sealed = self._putter.seal(draft, extent, ingested)
+        block_id, sealed = self._putter.seal(draft, extent, ingested)
+        slot.seal_as(block_id)
         if sealed:
             self._extent = None
 

@@ -1,0 +1,109 @@
+"""The read path of a client: shared memory first, a message where that does not know.
+
+``ClientGetter`` is what the request objects of ``store.get`` and ``store.get_prefix`` work with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from cascade_aio.daemon import protocol as p
+from cascade_aio.daemon.connector import Connector
+from cascade_aio.daemon.lending import ClientDesk, unwanted
+from cascade_aio.daemon.requests import TIER_CODES
+from cascade_aio.errors import ConfigError
+from cascade_aio.model import BlockId, PrefixKey
+from cascade_aio.store.block import Block
+from cascade_aio.store.getting import PrefixLookup, raw_name, raw_prefix
+
+
+@dataclasses.dataclass(slots=True)
+class ClientCounters:
+    """Calls of this client. What shared memory answered cost no message."""
+
+    gets: int = 0
+    shared_gets: int = 0
+    lookups: int = 0
+    puts: int = 0
+    puts_bound: int = 0
+    put_bytes: int = 0
+    puts_repeated: int = 0
+    reserve_copies: int = 0
+
+
+class ClientLookup(PrefixLookup):
+    """What shared memory knows; ``await`` it for what the service knows."""
+
+    __slots__ = ("_getter", "_keys")
+
+    def __init__(self, tiers: tuple[()], getter: ClientGetter, keys: Sequence[bytes]) -> None:
+        super().__init__(tiers)
+        object.__setattr__(self, "_getter", getter)
+        object.__setattr__(self, "_keys", keys)
+
+    async def _full(self) -> PrefixLookup:
+        getter: ClientGetter = self._getter  # type: ignore[attr-defined]
+        return await getter.ask_lookup(self._keys)  # type: ignore[attr-defined]
+
+
+class ClientGetter:
+    """Reads of one client."""
+
+    def __init__(self, connector: Connector, desk: ClientDesk, counters: ClientCounters) -> None:
+        self._connector = connector
+        self._desk = desk
+        self._counters = counters
+
+    def try_hot(self, name: BlockId | PrefixKey | str) -> Block | None:
+        """A lease without a message, or ``None`` where shared memory does not serve. Never suspends."""
+        self._connector.check()
+        raw_name(name)
+        return None
+
+    async def load(self, name: BlockId | PrefixKey | str, *, early: bool = False) -> Block:
+        """A lease by message. See ``Store.get`` for the errors."""
+        raw = raw_name(name)
+        self._counters.gets += 1
+        link, reply = await self._connector.ask(lambda: p.Get(0, raw, early), p.Leased, repeat=True, undo=unwanted)
+        return self._desk.lend_all(link, reply.grants)[0]
+
+    async def load_prefix(self, keys: Sequence[PrefixKey]) -> list[Block]:
+        """Leases on the longest cached prefix. See ``Store.get_prefix``."""
+        self._connector.check()
+        names = [raw_prefix(key) for key in keys]
+        if not names:
+            return []
+        if len(names) > p.NAMES_MAX:
+            raise ConfigError(f"{len(names)} keys are more than one call takes ({p.NAMES_MAX}); pass them in parts")
+        self._counters.gets += 1
+        link, reply = await self._connector.ask(lambda: p.GetPrefix(0, names), p.Leased, repeat=True, undo=unwanted)
+        return self._desk.lend_all(link, reply.grants)
+
+    def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
+        """What shared memory knows, without a message; await the result for the service's answer."""
+        self._connector.check()
+        self._counters.lookups += 1
+        return ClientLookup((), self, [raw_prefix(key) for key in keys])
+
+    async def ask_lookup(self, names: Sequence[bytes]) -> PrefixLookup:
+        """How many leading keys the service has. In parts, where one message does not hold the names."""
+        tiers: list[int] = []
+        for start in range(0, len(names), p.NAMES_MAX):
+            part = list(names[start : start + p.NAMES_MAX])
+            _, reply = await self._connector.ask(lambda part=part: p.Lookup(0, part), p.Answer, repeat=True)  # type: ignore[misc]
+            tiers += bytes(reply.value)
+            if len(reply.value) < len(part):
+                break
+        return PrefixLookup(tuple(TIER_CODES[code] for code in tiers))
+
+    def is_shared(self, name: BlockId | PrefixKey | str) -> bool:
+        """Whether shared memory is known to hold the block."""
+        self._connector.check()
+        raw_name(name)
+        return False
+
+    async def contains(self, name: BlockId | PrefixKey | str) -> bool:
+        raw = raw_name(name)
+        _, reply = await self._connector.ask(lambda: p.Contains(0, raw), p.Answer, repeat=True)
+        return bool(reply.value)
