@@ -111,6 +111,8 @@ class StoreConfig:
     """What was put is written and synced after so long without a flush."""
     put_wait_seconds_max: float = 30.0
     """How long a put or get waits for arena room before ``TierFullError``."""
+    adopt_seconds: float | None = 60.0
+    """How often writers of the root that died are looked for and their segments adopted; ``None``: only on request."""
     read_seconds_max: float | None = None
     """Deadline of a disk read; a late block is a miss. ``None``: no deadline."""
     workers: int | None = None
@@ -154,6 +156,7 @@ _RANGES = {
     "tail_bytes_max": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),
     "tail_seconds_max": _Range(0.001, 3600, unit=" seconds"),
     "put_wait_seconds_max": _Range(0, 86400, unit=" seconds"),
+    "adopt_seconds": _Range(0.01, 86400, optional=True, unit=" seconds"),
     "read_seconds_max": _Range(0.001, 86400, optional=True, unit=" seconds"),
     "workers": _Range(1, 256, optional=True),
     "index_blocks_max": _Range(1024, 1 << 30),

@@ -55,6 +55,7 @@ class CorruptionError(CascadeError):
 
     Attributes: ``path`` of the file, ``segment`` (its name within the root) and ``offset`` in bytes
     of the damage, ``expected`` and ``found`` as short printable values. ``None`` where unknown.
+    ``unreadable``: the bytes could not be read; nothing is known about them, and another attempt may succeed.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class CorruptionError(CascadeError):
         offset: int | None = None,
         expected: object = None,
         found: object = None,
+        unreadable: bool = False,
     ) -> None:
+        self.unreadable = unreadable
         self.path = None if path is None else os.fspath(path)
         self.segment = segment
         self.offset = offset

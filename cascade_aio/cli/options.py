@@ -37,6 +37,7 @@ SETTING_HELP = {
     "tail_bytes_max": "Puts wait above so many unwritten bytes; none: half of the arena.",
     "tail_seconds_max": "Age at which what was put is written and synced.",
     "put_wait_seconds_max": "How long to wait for arena room.",
+    "adopt_seconds": "How often segments of dead writers are looked for; none: never.",
     "read_seconds_max": "Deadline of a disk read; none: no deadline.",
     "workers": "Threads that copy and hash; none: all usable CPUs.",
     "stripe_count": "Lustre stripes of new files; -1: all targets.",

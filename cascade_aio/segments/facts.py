@@ -56,13 +56,17 @@ class TombstoneFact(NamedTuple):
 
 
 class DamageFact(NamedTuple):
-    """Bytes that were acknowledged and cannot be read any more. Never silently skipped."""
+    """Bytes that were acknowledged and cannot be read any more. Never silently skipped.
+
+    ``unreadable``: reading failed, which says nothing about the bytes; the next attempt may succeed.
+    """
 
     path: str
     segment: str
     offset: int
     nbytes: int
     reason: str
+    unreadable: bool = False
 
 
 class VanishedFact(NamedTuple):
@@ -71,7 +75,21 @@ class VanishedFact(NamedTuple):
     segment: int
 
 
-Fact = BlockFact | BindingFact | TombstoneFact | DamageFact | VanishedFact
+class LostFact(NamedTuple):
+    """A file is gone, or shorter than it was known to be, and nobody who may do so did it.
+
+    A ``VanishedFact`` follows; what is still there, if anything, is told after it.
+    """
+
+    segment: int
+    path: str
+    name: str
+    offset: int
+    nbytes: int
+    reason: str
+
+
+Fact = BlockFact | BindingFact | TombstoneFact | DamageFact | VanishedFact | LostFact
 
 
 class FactMerger:

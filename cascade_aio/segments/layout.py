@@ -64,7 +64,7 @@ class WriterClaim:
     ``sequence_next`` is the number of the next segment; all below ``reserved_end`` are kept from being
     given out again, by ``writer.json``, even if this process is killed and its segments are removed.
     ``lock`` is ``None`` on a file system without locks. ``adopted`` tells that the directory may hold
-    segments to be recovered.
+    segments to be recovered, ``recovered`` is the adopter's note that this was done.
     """
 
     writer: bytes
@@ -74,6 +74,7 @@ class WriterClaim:
     lock: Lock | None
     adopted: bool
     clock: Clock | None = None
+    recovered: bool = False
     reserved_end: int = 0
     reserving: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock, repr=False)
 
@@ -313,6 +314,20 @@ async def claim_dead(
             claim.release()
         raise
     return found
+
+
+async def is_abandoned(storage: Storage, root: Root, writer: bytes, host: Host) -> bool:
+    """Whether a directory holds no segment and provably nobody is about to write one. Raises ``OSError``."""
+    directory = await _read_writer(storage, root, writer)
+    if isinstance(directory, str) or why_a_free_lock_proves_nothing(directory.description, host) is not None:
+        return False
+    claim = await _adopt(storage, root, writer, host, None)
+    if claim is None:
+        return False
+    try:
+        return not list_segments(await storage.list_directory(claim.path))
+    finally:
+        claim.release()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from cascade_aio.segments import format as fmt
 from cascade_aio.segments.active import seal_file
 from cascade_aio.segments.buffers import page_buffer, page_padded
 from cascade_aio.segments.checkpoint import Cover
-from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, TombstoneFact, VanishedFact
+from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact, LostFact, TombstoneFact, VanishedFact
 from cascade_aio.segments.footer import SEALED_DAMAGE, FooterTables, Trailer, decode_trailer, footer_facts, record_facts
 from cascade_aio.segments.layout import Root, WriterClaim, list_segments, list_writers
 from cascade_aio.segments.scan import (
@@ -44,6 +44,10 @@ SEARCH_BYTES_FOREIGN = 256 << 20
 SEARCH_BYTES_REFRESH = 0
 """A refresh does not look behind a hole: its writer is about to fill it."""
 
+
+GONE = "the file of the segment is gone and its writer did not remove it"
+CUT = "the file of the segment is shorter than it was"
+"""Why a ``LostFact`` is told."""
 
 TORN_LISTED_MAX = 64
 """Torn records that a report names; beyond, they are only counted."""
@@ -92,14 +96,15 @@ class Recovery:
         self._engine = engine
         self._root = root
         self._table = table
-        self._claim = claim
+        self.own_writers = set() if claim is None else {claim.writer}
+        """Writers whose directories are claimed: their segments are sealed, and not looked at by a refresh."""
 
     async def recover_root(self, covers: Sequence[Cover] = ()) -> AsyncIterator[Fact]:
         """All facts of the root that ``covers`` (of a checkpoint) do not speak for.
 
         Covered segments get their numbers first, in the order of ``covers``, so with an empty table
         the checkpoint's segment numbers are positions in ``covers``. Those that are gone yield
-        ``VanishedFact`` at the end.
+        ``VanishedFact`` at the end, own ones ``LostFact``: their writer would have removed the checkpoint first.
         """
         known: dict[fmt.SegmentIdentity, Cover] = {}
         for cover in covers:
@@ -114,8 +119,38 @@ class Recovery:
         for identity in known.keys() - present:
             vanished = self._table.find(identity)
             if vanished is not None:
+                if vanished.own and known[identity].upto > PAGE_BYTES:  # an empty one may have been removed
+                    yield LostFact(vanished.number, vanished.path, vanished.name, 0, known[identity].upto, GONE)
                 await self._table.forget(vanished.number)
                 yield VanishedFact(vanished.number)
+
+    async def adopt_writer(self, writer: bytes) -> AsyncIterator[Fact]:
+        """Make the segments of a writer, whose directory was claimed just now, own ones: what is open is sealed.
+
+        Yields what was not known of them, provisional records now as they turned out to be. Raises ``OSError`` if
+        the directory cannot be listed; to be called again then, or after a cancellation.
+        """
+        found = await self._list_writer(writer)
+        self.own_writers.add(writer)
+        for identity, _ in found:
+            self._table.add(identity, own=True)
+        entries = [entry for entry in self._table if entry.identity.writer == writer]
+        for entry in entries:
+            entry.own = entry.writing = True  # not to be reclaimed before all of it is known
+        try:
+            for identity, size in found:
+                entry = self._table.add(identity, own=True)
+                if not entry.sealed or entry.unreadable:
+                    async for fact in self._recover(identity, size, None, SEARCH_BYTES_FOREIGN):
+                        yield fact
+            present = {identity for identity, _ in found}
+            for entry in entries:
+                if entry.identity not in present:
+                    await self._table.forget(entry.number)
+                    yield VanishedFact(entry.number)
+        finally:
+            for entry in entries:
+                entry.writing = False
 
     async def refresh_root(self) -> AsyncIterator[Fact]:
         """What other writers added or removed since the last look. Own segments are not looked at.
@@ -155,22 +190,26 @@ class Recovery:
             raise OSError(errno.EIO, "not all of the segment can be read", entry.path)
 
     def _is_own(self, identity: fmt.SegmentIdentity) -> bool:
-        return self._claim is not None and identity.writer == self._claim.writer
+        return identity.writer in self.own_writers
 
     async def _list(self) -> list[tuple[fmt.SegmentIdentity, int]]:
-        found = []
+        found: list[tuple[fmt.SegmentIdentity, int]] = []
         for writer in await list_writers(self._storage, self._root):
-            try:
-                entries = await self._storage.list_directory(f"{self._root.writers_path}/{writer.hex()}")
-            except FileNotFoundError:
-                continue
-            found += [(fmt.SegmentIdentity(writer, sequence), size) for sequence, size in list_segments(entries)]
+            found += await self._list_writer(writer)
         return found
+
+    async def _list_writer(self, writer: bytes) -> list[tuple[fmt.SegmentIdentity, int]]:
+        try:
+            entries = await self._storage.list_directory(f"{self._root.writers_path}/{writer.hex()}")
+        except FileNotFoundError:
+            return []
+        return [(fmt.SegmentIdentity(writer, sequence), size) for sequence, size in list_segments(entries)]
 
     async def _recover(
         self, identity: fmt.SegmentIdentity, size: int, cover: Cover | None, search_bytes: int
     ) -> AsyncIterator[Fact]:
         own = self._is_own(identity)
+        told = self._table.find(identity) is not None
         entry = self._table.add(identity, own=own)
         entry.unreadable = False
         self.report.segments += 1
@@ -178,6 +217,10 @@ class Recovery:
             entry.sealed, entry.size_bytes = True, size
             self.report.covered += 1
             return
+        if cover is not None and size < cover.upto:  # nobody cuts below what he knows to be durable
+            yield LostFact(entry.number, entry.path, entry.name, size, cover.upto - size, CUT)
+            yield VanishedFact(entry.number)  # what is left is found again
+            entry.scanned_bytes = entry.record_bytes = 0
         recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, self.report)
         try:
             async for fact in recovery.facts(adopt=own, search_bytes=None if own else search_bytes):
@@ -191,13 +234,15 @@ class Recovery:
             recovery.note_unreadable(0)
             entry.size_bytes = max(entry.size_bytes, size)
             self.report.damaged += 1
-            yield DamageFact(entry.path, entry.name, 0, size, unreadable_reason(exc))
+            yield DamageFact(entry.path, entry.name, 0, size, unreadable_reason(exc), True)
         except BaseException:
             entry.sealed = False  # cancelled half-way: the next look starts over
             raise
         self.report.unreadable += entry.unreadable
         if recovery.removed:
             await self._table.forget(entry.number)
+            if told:
+                yield VanishedFact(entry.number)
 
 
 class SegmentRecovery:
@@ -258,7 +303,7 @@ class SegmentRecovery:
 
     def _unread(self, offset: int, nbytes: int, reason: str) -> DamageFact:
         self.note_unreadable(offset)
-        return DamageFact(self._entry.path, self._entry.name, offset, nbytes, reason)
+        return DamageFact(self._entry.path, self._entry.name, offset, nbytes, reason, True)
 
     async def _records(
         self, file: File, size: int, end: int, *, adopt: bool, search_bytes: int | None
@@ -369,7 +414,7 @@ class SegmentRecovery:
         self._data_end = _end_of(item)
         if isinstance(item, Gap):
             self._tables.add_damage(item.offset, item.nbytes)
-            yield DamageFact(self._entry.path, self._entry.name, item.offset, item.nbytes, item.reason)
+            yield DamageFact(self._entry.path, self._entry.name, item.offset, item.nbytes, item.reason, item.unreadable)
             return
         self._tables.add(item)
         yield from record_facts(item, self._entry.number, provisional=provisional)

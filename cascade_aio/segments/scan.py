@@ -217,9 +217,16 @@ async def verify_records(
                 error = await check_payload(storage, engine, file, entry, item, buffer)
             except OSError as exc:
                 reason = f"payload is {unreadable_reason(exc)}"
-                error = CorruptionError(reason, path=entry.path, segment=entry.name, offset=item.offset)
+                error = CorruptionError(
+                    reason, path=entry.path, segment=entry.name, offset=item.offset, unreadable=True
+                )
                 error.__cause__ = exc
             if error is None or entry.own or item.end <= entry.firm_end:
                 yield item, error
         elif entry.sealed or (item.followed and (entry.own or item.offset < entry.firm_end)):
-            yield item, CorruptionError(item.reason, path=entry.path, segment=entry.name, offset=item.offset)
+            yield (
+                item,
+                CorruptionError(
+                    item.reason, path=entry.path, segment=entry.name, offset=item.offset, unreadable=item.unreadable
+                ),
+            )

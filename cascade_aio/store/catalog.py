@@ -283,6 +283,11 @@ class Catalog:
         elif not own and row in policy:
             policy.remove(row)
 
+    def own_segment(self, number: int) -> None:
+        """The segment has been adopted: what is in it counts in the disk budget."""
+        for row in self.index.rows_in_segment(number).tolist():
+            self._admit_on_disk(row)
+
     def record_bytes(self, row: int, header_pages: int) -> int:
         """What the block's record takes in an extent and in a segment."""
         return header_pages * PAGE_BYTES + payload_bytes_of(*self.index.lengths(row))

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from copy import copy as copied
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import StoreConfig
@@ -27,6 +27,9 @@ from cascade_aio.store.merging import PROVISIONAL, CatalogMerger
 from cascade_aio.store.room import ArenaRoom
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
+
+if TYPE_CHECKING:
+    from cascade_aio.store.adopting import Adopter
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -56,6 +59,10 @@ class Counters:
     reserve_copies: int = 0
     deletes: int = 0
     write_failures: int = 0
+
+
+async def _unknown() -> bool:
+    return False
 
 
 class TaskScope:
@@ -144,6 +151,12 @@ class StoreContext:
     closers: list[Callable[[], Awaitable[None]]] = dataclasses.field(default_factory=list)
     """What ``close_store`` runs after the background tasks have ended, first one first."""
     prefaulted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    writer: bytes = b""
+    """Id of the writer directory that this store appends to."""
+    is_alone: Callable[[], Awaitable[bool]] = dataclasses.field(default=_unknown)
+    """Whether no other writer can add to the root, so that what we know of it is all there is."""
+    on_adopted: Callable[[], None] = lambda: None
+    """Called when the segments of another writer are about to become own ones."""
     stripe: str = "plain files"
     """How the writer's directory is striped, as ``statistics`` tells it."""
     closed: bool = False
@@ -154,6 +167,7 @@ class StoreContext:
     tasks: TaskScope = dataclasses.field(init=False)
     merger: CatalogMerger = dataclasses.field(init=False)
     recovery: Recovery = dataclasses.field(init=False)
+    adopter: Adopter = dataclasses.field(init=False)
     facts_applied: int = 0
     facts_refused: int = 0
     """Facts of the root for which the index had no room."""

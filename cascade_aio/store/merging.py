@@ -6,9 +6,11 @@ from any number of writers; ``FactMerger`` (segments) holds the rule, this modul
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import CorruptionError, DigestConflictError
 from cascade_aio.segments.facts import (
     BindingFact,
@@ -16,6 +18,7 @@ from cascade_aio.segments.facts import (
     DamageFact,
     Fact,
     FactMerger,
+    LostFact,
     TombstoneFact,
     VanishedFact,
 )
@@ -34,6 +37,24 @@ class _Name(NamedTuple):
     stamp: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LostSegment:
+    """A segment file that is gone, or shorter than it was, without its writer's doing.
+
+    ``offset``: what is missing begins there; ``blocks``: how many blocks had their record in it.
+    """
+
+    path: str
+    segment: str
+    offset: int
+    nbytes: int
+    blocks: int
+    reason: str
+
+
+LOST_KEPT_MAX = 1000
+"""Lost segments that are remembered by name; the damage count goes on."""
+
 PROVISIONAL = 2
 """Flag of a row whose newest record is another writer's and not known to be durable."""
 
@@ -49,6 +70,7 @@ class CatalogMerger:
         self._pending_count = 0
         self.facts = FactMerger()
         self.conflicts = 0
+        self.lost: list[LostSegment] = []
 
     def apply(self, fact: Fact) -> int:
         """Take one fact in; returns how many blocks are new (0 or 1)."""
@@ -60,8 +82,14 @@ class CatalogMerger:
             self.bury(fact.block_id, fact.stamp)
         elif isinstance(fact, VanishedFact):
             self._vanished(fact.segment)
+        elif isinstance(fact, LostFact):
+            self._lose(fact)
         elif isinstance(fact, DamageFact):
-            self._report_damage(CorruptionError(fact.reason, path=fact.path, segment=fact.segment, offset=fact.offset))
+            self._report_damage(
+                CorruptionError(
+                    fact.reason, path=fact.path, segment=fact.segment, offset=fact.offset, unreadable=fact.unreadable
+                )
+            )
         return 0
 
     def settle(self) -> None:
@@ -132,3 +160,17 @@ class CatalogMerger:
     def _vanished(self, segment: int) -> None:
         for row in self._catalog.index.rows_in_segment(segment).tolist():
             self._catalog.unplace(row)
+
+    def _lose(self, fact: LostFact) -> None:
+        index = self._catalog.index
+        blocks = 0
+        for row in index.rows_in_segment(fact.segment).tolist():
+            location = index.location(row)
+            blocks += location is not None and location[1] * PAGE_BYTES >= fact.offset
+        if len(self.lost) < LOST_KEPT_MAX:
+            self.lost.append(LostSegment(fact.path, fact.name, fact.offset, fact.nbytes, blocks, fact.reason))
+        self._report_damage(
+            CorruptionError(
+                f"{fact.reason}: {blocks} blocks are lost", path=fact.path, segment=fact.name, offset=fact.offset
+            )
+        )

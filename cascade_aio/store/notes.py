@@ -48,15 +48,24 @@ class NoteCarrier:
         self._carried: dict[bytes, _Carried] = {}
         self._opened_stamp = context.disk.settled_stamp = context.disk.clock.last
         self._opened_sequence = self._last_sequence()
-        self._unsynced_directory: str | None = None
+        self._unsynced_directories: set[str] = set()
+        context.on_adopted = self.adopted
         self.rewritten = 0
         self.dropped = 0
 
     def _own(self) -> Iterable[SegmentEntry]:
         return (entry for entry in self._context.disk.table if entry.own)
 
+    def _age(self, entry: SegmentEntry) -> int:
+        """The place of an own segment in the order of creation. An adopted one comes before all that we created."""
+        return entry.identity.sequence if entry.identity.writer == self._context.writer else -1
+
     def _last_sequence(self) -> int:
-        return max((entry.identity.sequence for entry in self._own()), default=-1)
+        return max((self._age(entry) for entry in self._own()), default=-1)
+
+    def adopted(self) -> None:
+        """Deletions were learnt that may be older than what was written since opening: the order begins anew."""
+        self._opened_stamp = self._context.disk.settled_stamp = -1
 
     async def read(self, victim: SegmentEntry) -> Notes:
         """Its notes; none if somebody removed the file by hand. Raises ``OSError`` or ``CorruptionError`` if
@@ -74,24 +83,18 @@ class NoteCarrier:
 
     def removed(self, entry: SegmentEntry) -> None:
         """The segment was unlinked; whether a loss of power brings it back is not known before a sync."""
-        self._unsynced_directory = posixpath.dirname(entry.path)
+        self._unsynced_directories.add(posixpath.dirname(entry.path))
 
     async def may_drop(self) -> bool:
         """Whether tombstones may be dropped at all: no other writer, and what is removed stays removed.
 
         Raises ``OSError``.
         """
-        storage = self._context.platform.storage
-        writers = await storage.list_directory(posixpath.join(self._context.disk.table.root, "writers"))
-        if sum(entry.is_dir for entry in writers) > 1:
+        if not await self._context.is_alone():
             return False
-        if self._unsynced_directory is not None:
-            directory, self._unsynced_directory = self._unsynced_directory, None
-            try:
-                await storage.sync_directory(directory)
-            except OSError:
-                self._unsynced_directory = directory
-                raise
+        for directory in list(self._unsynced_directories):
+            await self._context.platform.storage.sync_directory(directory)
+            self._unsynced_directories.discard(directory)
         return True
 
     def carry(self, victim: SegmentEntry, notes: Notes, rewritten: set[bytes], *, may_drop: bool) -> bool:
@@ -100,7 +103,7 @@ class NoteCarrier:
         ``rewritten`` are the blocks whose record, with all names, is being written again.
         """
         waits = self._carry_names(notes, rewritten)
-        sequence = victim.identity.sequence
+        sequence = self._age(victim)
         for block_id, stamp in notes.tombstones.items():
             carried = self._carried.get(block_id)
             if carried is not None and carried.stamp >= stamp and sequence < carried.floor:
@@ -132,9 +135,7 @@ class NoteCarrier:
         horizon = self._horizon(block_id, stamp)
         if horizon is None and stamp <= context.disk.settled_stamp:
             horizon = self._last_sequence()
-        floor = min(
-            (entry.identity.sequence for entry in self._own() if entry.writing), default=self._last_sequence() + 1
-        )
+        floor = min((self._age(entry) for entry in self._own() if entry.writing), default=self._last_sequence() + 1)
         self._carried[block_id] = _Carried(stamp, floor, horizon)
         self.rewritten += 1
         context.disk.append_tombstone(block_id, stamp)
@@ -148,9 +149,7 @@ class NoteCarrier:
     def _expired(self, block_id: bytes, stamp: int, victim: SegmentEntry) -> bool:
         """Every segment that may hold what it deletes is gone, but for the victim."""
         horizon = self._horizon(block_id, stamp)
-        return horizon is not None and all(
-            entry is victim or entry.identity.sequence > horizon for entry in self._own()
-        )
+        return horizon is not None and all(entry is victim or self._age(entry) > horizon for entry in self._own())
 
     def _drop(self, block_id: bytes, stamp: int) -> None:
         self.dropped += 1

@@ -31,6 +31,7 @@ from cascade_aio.segments.reader import SegmentReader
 from cascade_aio.segments.stripe import prepare_directory
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.segments.writer import SegmentWriter, WriterLimits
+from cascade_aio.store.adopting import Adopter
 from cascade_aio.store.catalog import Catalog
 from cascade_aio.store.closing import run_all
 from cascade_aio.store.context import StoreContext, TaskScope
@@ -168,8 +169,10 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     )
     reader = SegmentReader(storage, platform.engine, table)
     disk = DiskTier(platform, table, reader, writer, clock, backlog_bytes_max=backlog_bytes_max)
-    context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop))
+    context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop), writer=claim.writer)
     await recover(context, root, claim)
+    adopter = context.adopter = Adopter(context, root, host, platform.clock)
+    undo.push_sync(adopter.release)
     undo.push(functools.partial(save_checkpoint, context, root, claim))
     background = TaskScope(context.fail)
     undo.push(background.close)
@@ -184,6 +187,8 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     context.tasks.spawn(_prefault(context), "cascade-prefault")
     if config.disk_bytes is not None:
         context.tasks.spawn(space.run(), "cascade-space")
+    if config.adopt_seconds is not None:
+        context.tasks.spawn(adopter.run(config.adopt_seconds), "cascade-adopter")
     space.check()
     context.stripe = stripe
     context.closers = undo.steps

@@ -47,7 +47,7 @@ async def recover(context: StoreContext, root: Root, claim: WriterClaim) -> None
     elif isinstance(found, CheckpointFailure):
         logger.warning("checkpoint %s is not used, the segments are read instead: %s", found.path, found.reason)
     del found
-    await _take_in(context, context.recovery.recover_root(covers))
+    await take_in(context, context.recovery.recover_root(covers))
     if len(context.catalog.index) >= TRIMMED_BLOCKS_MIN:
         await engine.trim_heap()
     context.facts_since_checkpoint = context.facts_applied
@@ -56,10 +56,11 @@ async def recover(context: StoreContext, root: Root, claim: WriterClaim) -> None
 async def refresh(context: StoreContext) -> int:
     """See ``Store.refresh``: apply what other writers added, deleted and removed; count new blocks."""
     async with context.refreshing:
-        return await _take_in(context, context.recovery.refresh_root())
+        return await take_in(context, context.recovery.refresh_root())
 
 
-async def _take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
+async def take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
+    """Apply ``facts`` as they come; returns how many blocks are new. The caller serialises."""
     fresh = 0
     refused: TierFullError | None = None
     wall_ns = context.platform.clock.wall_ns()

@@ -11,6 +11,7 @@ from cascade_aio.abc.storage import ByteEngine
 from cascade_aio.config import parse_size
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier, as_bytes_view
+from cascade_aio.store.adopting import AdoptionReport
 from cascade_aio.store.block import Block, BlockSource, GetRequest, Readiness, is_early
 from cascade_aio.store.closing import close_store
 from cascade_aio.store.context import StoreContext
@@ -231,6 +232,16 @@ class Store:
         self._context.check()
         return await self._context.while_open(refresh(self._context))
 
+    async def adopt(self) -> AdoptionReport:
+        """Make the segments of writers that died this store's own: their open segments are recovered and
+        sealed, their space counts in ``disk_bytes``. Done every ``adopt_seconds`` anyway.
+
+        Of several stores that try, one adopts. What is not provably dead is left alone; the report says
+        why. May be cancelled and called again. Raises ``OSError``.
+        """
+        self._context.check()
+        return await self._context.while_open(self._context.adopter.adopt())
+
     async def delete(self, name: BlockId | PrefixKey | str) -> None:
         """Forget a block and all of its names; after ``flush`` it does not come back.
 
@@ -340,6 +351,7 @@ class Store:
             "disk": {
                 **context.disk.statistics(),
                 **self._space.statistics(),
+                **context.adopter.statistics(),
                 "stripe": context.stripe,
                 "conflicts": context.merger.conflicts,
                 "facts_refused": context.facts_refused,
@@ -360,11 +372,6 @@ class Store:
             await close_store(self._context)
 
 
-def _writable(buffer: Buffer, name: str) -> memoryview:
-    view = as_bytes_view(buffer, name)
-    if view.readonly and view.nbytes:
-        raise ConfigError(f"{name} is read-only; pass a writable buffer")
-    return view
 def list_blocks(context: StoreContext, first_row: int = 0) -> Iterator[tuple[int, BlockInfo]]:
     """Every block in a row from ``first_row`` on, with its row."""
     catalog = context.catalog
@@ -397,3 +404,8 @@ async def copy_and_release(engine: ByteEngine, block: Block, targets: tuple[memo
         block.release()
 
 
+def _writable(buffer: Buffer, name: str) -> memoryview:
+    view = as_bytes_view(buffer, name)
+    if view.readonly and view.nbytes:
+        raise ConfigError(f"{name} is read-only; pass a writable buffer")
+    return view

@@ -38,6 +38,7 @@ SMALL_SETTINGS: dict[str, Any] = {
     "segment_bytes": 1 << 20,
     "put_wait_seconds_max": 5.0,
     "stripe": "off",
+    "adopt_seconds": None,
 }
 """The smallest store there is: eviction after some hundred KiB, a new segment every MiB."""
 

@@ -12,6 +12,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import posixpath
 from collections.abc import Callable
 
 from cascade_aio.abc.storage import Platform, Priority, Urgency
@@ -19,6 +20,7 @@ from cascade_aio.config import format_size
 from cascade_aio.core.clock import HybridClock
 from cascade_aio.errors import BrokenTierError, TierFullError
 from cascade_aio.segments.format import NoteBinding, RecordHeader, Tombstone
+from cascade_aio.segments.layout import CHECKPOINT_FILE
 from cascade_aio.segments.pending import PendingRecord
 from cascade_aio.segments.reader import RecordRead, SegmentReader
 from cascade_aio.segments.table import SegmentTable
@@ -64,6 +66,7 @@ class DiskTier:
         self.settled_stamp = 0
         """Everything appended before a stamp up to this one was made is durable."""
         self._batches: dict[Priority, _Batch] = {}
+        self._retracted: set[str] = set()
 
     def stamp(self) -> int:
         """A stamp for a new record, later than all made or seen before."""
@@ -215,9 +218,19 @@ class DiskTier:
         entry = self.table[number]
         assert entry.own, entry.name
         assert not entry.writing, entry.name
+        await self._retract_checkpoint(posixpath.dirname(entry.path))
         with contextlib.suppress(FileNotFoundError):
             await self._platform.storage.unlink(entry.path)
         await self.table.forget(number)
+
+    async def _retract_checkpoint(self, directory: str) -> None:
+        """Before the first removal: a checkpoint lists what must be there, and names that deletions have ended."""
+        if directory in self._retracted:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            await self._platform.storage.unlink(posixpath.join(directory, CHECKPOINT_FILE))
+            await self._platform.storage.sync_directory(directory)
+        self._retracted.add(directory)
 
     def statistics(self) -> dict[str, object]:
         """Sizes and counts of the tier, JSON-ready."""
