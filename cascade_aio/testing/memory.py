@@ -9,6 +9,9 @@ disk as a power loss would leave it. The model is as unkind as POSIX allows:
 * a failed sync loses what it covered: a later sync of the same file does not bring it back;
 * unsynced pages, file names and sizes survive or not, page by page, by the seed; torn within a page.
 
+Damage of the medium itself (``rot``, ``lie``) lies over the bytes that ought to be there, which are kept
+(``pristine``): so a test can tell what was hit.
+
 What it must not know: anything about segments or the store.
 """
 
@@ -23,7 +26,7 @@ import inspect
 import os
 import posixpath
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import crc32c
 
@@ -55,7 +58,8 @@ FaultHook = Callable[[Operation], BaseException | Awaitable[object] | None]
 
 
 class _Inode:
-    """A file's pages. ``dirty`` are completed writes no sync has covered; ``lost`` fell to a failed sync."""
+    """A file's pages. ``dirty`` are completed writes no sync has covered; ``lost`` fell to a failed sync;
+    ``pristine`` is what ought to be in pages that the medium has damaged."""
 
     def __init__(self) -> None:
         self.pages: dict[int, bytes] = {}
@@ -65,6 +69,7 @@ class _Inode:
         self.durable_size = 0
         self.dirty: set[int] = set()
         self.lost: set[int] = set()
+        self.pristine: dict[int, bytes] = {}
 
     def read(self, offset: int, nbytes: int) -> bytes:
         nbytes = max(0, min(nbytes, self.size - offset))
@@ -86,9 +91,40 @@ class _Inode:
             self.pages[page] = content
             self.dirty.add(page)
             self.lost.discard(page)
+            if self.pristine:
+                self.pristine.pop(page, None)
             position += len(piece)
         self.size = max(self.size, offset + len(data))
         self.allocated_bytes = max(self.allocated_bytes, self.size)
+
+    def rot(self, offset: int, data: bytes) -> None:
+        """The medium holds ``data`` there now, also on stable storage. What lies behind the end is cut off."""
+        data = data[: max(0, self.size - offset)]
+        if not data:
+            return
+        size, kept = self.size, dict(self.pristine)
+        before = {page: kept.get(page, self.pages.get(page, _ZERO_PAGE)) for page in _pages(offset, len(data))}
+        dirty = self.dirty.intersection(before)
+        self.write(offset, data)
+        self.size = size
+        self.durable.update({page: self.pages[page] for page in before})
+        self.dirty.difference_update(before)
+        self.dirty |= dirty
+        self.pristine = {**kept, **before}
+
+    def lie(self, offset: int, data: bytes) -> None:
+        """A write that was acknowledged and never reached the medium. Whole pages."""
+        assert offset % PAGE_BYTES == len(data) % PAGE_BYTES == 0, "pages only"
+        for start in range(0, len(data), PAGE_BYTES):
+            self.pristine[(offset + start) // PAGE_BYTES] = data[start : start + PAGE_BYTES]
+        self.size = max(self.size, offset + len(data))
+        self.allocated_bytes = max(self.allocated_bytes, self.size)
+
+    def intact(self) -> bytes:
+        """All bytes as they ought to be."""
+        pages = {**self.pages, **self.pristine}
+        count = -(-self.size // PAGE_BYTES)
+        return b"".join(pages.get(page, _ZERO_PAGE) for page in range(count))[: self.size]
 
     def truncate(self, nbytes: int) -> None:
         if nbytes < self.size:
@@ -96,6 +132,7 @@ class _Inode:
             for page in [page for page in self.pages if page >= last + (rest > 0)]:
                 del self.pages[page]
                 self.dirty.discard(page)
+            self.pristine = {page: content for page, content in self.pristine.items() if page < last + (rest > 0)}
             if rest and last in self.pages:
                 self.pages[last] = self.pages[last][:rest] + bytes(PAGE_BYTES - rest)
         self.size = nbytes
@@ -121,8 +158,8 @@ class _Inode:
                 self.dirty.discard(page)
                 self.lost.add(page)
 
-    def survivor(self, rng: random.Random | None) -> _Inode:
-        """The file after a power loss."""
+    def survivor(self, rng: random.Random | None, torn_bytes: int = SECTOR_BYTES) -> _Inode:
+        """The file after a power loss; a page is torn at multiples of ``torn_bytes``."""
         after = _Inode()
         after.pages = dict(self.durable)
         after.size = self.durable_size
@@ -134,15 +171,22 @@ class _Inode:
                 if page not in self.pages or rng.random() >= keep:
                     continue
                 new, old = self.pages[page], after.pages.get(page, _ZERO_PAGE)
-                if rng.random() < 0.2:
-                    cut = SECTOR_BYTES * rng.randrange(1, PAGE_BYTES // SECTOR_BYTES)
+                if torn_bytes < PAGE_BYTES and rng.random() < 0.2:
+                    cut = torn_bytes * rng.randrange(1, PAGE_BYTES // torn_bytes)
                     new = new[:cut] + old[cut:] if rng.random() < 0.5 else old[:cut] + new[cut:]
                 after.pages[page] = new
             limit = -(-after.size // PAGE_BYTES)
             after.pages = {page: content for page, content in after.pages.items() if page < limit}
+        limit = -(-after.size // PAGE_BYTES)
+        after.pristine = {page: content for page, content in self.pristine.items() if page < limit}
         after.durable = dict(after.pages)
         after.durable_size = after.allocated_bytes = after.size
         return after
+
+    def become(self, other: _Inode) -> None:
+        """Hold what ``other`` holds: those who have the file open see it."""
+        for name in ("pages", "size", "allocated_bytes", "durable", "durable_size", "dirty", "lost", "pristine"):
+            setattr(self, name, getattr(other, name))
 
 
 class MemoryDisk:
@@ -191,32 +235,47 @@ class MemoryDisk:
         after.locked.clear()
         return after
 
-    def crash(self, seed: int | None = None) -> MemoryDisk:
+    def crash(self, seed: int | None = None, *, torn_bytes: int = SECTOR_BYTES) -> MemoryDisk:
         """The disk after a power loss; this one is left as it is.
 
         Without a seed exactly the synced survives. With one, what was not synced survives in part:
-        names, sizes, pages, sectors of pages.
+        names, sizes, pages, pieces of ``torn_bytes`` of pages.
         """
         rng = None if seed is None else random.Random(seed)
         after = MemoryDisk(capacity_bytes=self.capacity_bytes, locks=self.supports_locks)
         after.directories = set(self.durable_directories)
         if rng is not None:
             after.directories |= {path for path in sorted(self.directories) if rng.random() < 0.5}
-        names: dict[str, _Inode] = dict(self.durable_files)
+        for path, inode in sorted(self._names_after(rng, lambda path: True).items()):
+            if _reachable(path, after.directories):
+                after.files[path] = inode.survivor(rng, torn_bytes)
+        after.directories = {path for path in after.directories if _reachable(path, after.directories)}
+        after.durable_files = dict(after.files)
+        after.durable_directories = set(after.directories)
+        return after
+
+    def crash_directory(self, path: str, seed: int, *, torn_bytes: int = SECTOR_BYTES) -> None:
+        """The node that wrote the files in ``path`` lost power: what it had not synced is gone in part, in place."""
+        rng = random.Random(seed)
+        names = self._names_after(rng, lambda name: posixpath.dirname(name) == path)
+        for name in [name for name in self.files if posixpath.dirname(name) == path]:
+            del self.files[name]
+            self.durable_files.pop(name, None)
+        for name, inode in sorted(names.items()):
+            inode.become(inode.survivor(rng, torn_bytes))
+            self.files[name] = self.durable_files[name] = inode
+
+    def _names_after(self, rng: random.Random | None, chosen: Callable[[str], bool]) -> dict[str, _Inode]:
+        """Files by the names that survive, of those ``chosen``."""
+        names = {path: inode for path, inode in self.durable_files.items() if chosen(path)}
         if rng is not None:
-            for path in sorted(self.files.keys() | self.durable_files.keys()):
+            for path in sorted(path for path in self.files.keys() | self.durable_files.keys() if chosen(path)):
                 if self.files.get(path) is not self.durable_files.get(path) and rng.random() < 0.5:
                     if path in self.files:
                         names[path] = self.files[path]
                     else:
                         del names[path]
-        for path, inode in sorted(names.items()):
-            if _reachable(path, after.directories):
-                after.files[path] = inode.survivor(rng)
-        after.directories = {path for path in after.directories if _reachable(path, after.directories)}
-        after.durable_files = dict(after.files)
-        after.durable_directories = set(after.directories)
-        return after
+        return names
 
 
 class MemoryFile:
@@ -229,6 +288,8 @@ class MemoryFile:
         self._storage = storage
         self._path = path
         self._direct = direct
+        self._users = 0
+        self._idle = asyncio.Event()
         storage.open_files.add(self)
 
     @property
@@ -239,8 +300,31 @@ class MemoryFile:
     def direct(self) -> bool:
         return self._direct
 
+    @property
+    def fd(self) -> int:
+        """None: for engines that ask for one."""
+        return -1
+
+    @property
+    def disk(self) -> MemoryDisk:
+        return self._storage.disk
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """A request on it is under way: ``close`` waits for its end."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._idle.set()
+
     async def close(self) -> None:
         self.closed = True
+        while self._users:
+            self._idle.clear()
+            await self._idle.wait()
         self._storage.open_files.discard(self)
 
 
