@@ -134,6 +134,7 @@ class SegmentWriter:
         self._table = table
         self._stamp = stamp
         self._pending = PendingQueue()
+        self._gave_up = False
         self._active: ActiveSegment | None = None
         self._segments: set[ActiveSegment] = set()
         self._prepared: asyncio.Task[ActiveSegment | OSError] | None = None
@@ -175,6 +176,11 @@ class SegmentWriter:
     @property
     def broken(self) -> bool:
         return self._broken is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything appended so far is on stable storage or still on its way there: nothing was given up."""
+        return self._broken is None and not self._gave_up
 
     def append(self, record: PendingRecord) -> None:
         """Queue a block. Never blocks. Raises ``ClosedError`` or ``BrokenTierError``, and then took nothing."""
@@ -297,7 +303,9 @@ class SegmentWriter:
     def _forget_rest(self) -> None:
         self._closing = True
         self._pending.refuse(self._broken_error if self._broken else _closed_error)
-        for append in self._pending.abandon():
+        rest = self._pending.abandon()
+        self._gave_up = bool(rest)
+        for append in rest:
             if append.record is not None:
                 append.record.on_failed(self._broken_error() if self._broken else _closed_error())
         self._ended.set()

@@ -106,6 +106,8 @@ async def _load(context: StoreContext, checkpoint: Checkpoint, claim: WriterClai
 
 async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim) -> None:
     """At a clean end: what is known, for the next opening. A failure costs only time then."""
+    if not context.disk.writer.complete:
+        return  # names and deletions that are nowhere on disk would be taken for durable by the next session
     written = context.disk.writer.statistics
     if not written.records and not written.notes and context.facts_applied == context.facts_since_checkpoint == 0:
         return  # nothing was learnt that the checkpoint there does not say
