@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from cascade_aio.abc.storage import PAGE_BYTES, File, Storage
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.buffers import page_buffer
-from cascade_aio.segments.footer import FooterTables
+from cascade_aio.segments.footer import FooterTables, footer_bytes
 from cascade_aio.segments.pending import Append, TicketFifo
 from cascade_aio.segments.table import SegmentEntry
 
@@ -77,10 +77,18 @@ class ActiveSegment:
         self._unwritten_tickets = TicketFifo()
         self._unsettled_tickets = TicketFifo()
         self._tables = FooterTables()
+        self._rows = [0, 0, 0]  # records, bindings, tombstones placed: what the footer will say
 
     @property
     def room_bytes(self) -> int:
+        """What is left of the preallocation. A record needs some of it for its rows in the footer: see ``fits``."""
         return self.capacity_bytes - self.placed
+
+    def fits(self, nbytes: int, *, bindings: int, tombstones: int) -> bool:
+        """Whether a record and then the footer fit: a segment never outgrows what was preallocated for it."""
+        records, more_bindings, more_tombstones = self._rows
+        end = footer_bytes(records + 1, more_bindings + bindings, more_tombstones + tombstones)
+        return self.placed + nbytes + end <= self.capacity_bytes
 
     @property
     def unsynced_bytes(self) -> int:
@@ -112,7 +120,9 @@ class ActiveSegment:
     def place(self, placed: Placed) -> None:
         """Give the record the next offset and compose its header. It must fit."""
         header = placed.header
-        assert header.record_bytes <= self.room_bytes, (header.record_bytes, self.room_bytes)
+        rows = (1, len(header.bindings) + len(header.note_bindings), len(header.tombstones))
+        assert self.fits(header.record_bytes, bindings=rows[1], tombstones=rows[2]), (header, self.room_bytes)
+        self._rows = [placed + more for placed, more in zip(self._rows, rows, strict=True)]
         header.offset = self.placed
         header.synced_bytes = self.synced
         fmt.encode_record(placed.buffer[: header.header_pages * PAGE_BYTES], header, self.entry.identity)
@@ -183,6 +193,12 @@ async def create_segment(
     storage: Storage, entry: SegmentEntry, header: fmt.SegmentHeader, directory: str
 ) -> ActiveSegment:
     """A new, preallocated segment whose header and name are durable. Raises ``OSError``; leaves no file then."""
+    file = await create_file(storage, entry, header, directory)
+    return ActiveSegment(storage, file, entry, header.capacity_bytes)
+
+
+async def create_file(storage: Storage, entry: SegmentEntry, header: fmt.SegmentHeader, directory: str) -> File:
+    """As ``create_segment``: the file, open for writing."""
     file = await storage.create(entry.path, preallocate_bytes=header.capacity_bytes)
     try:
         page = page_buffer(PAGE_BYTES)
@@ -195,7 +211,7 @@ async def create_segment(
         await storage.unlink(entry.path)
         raise
     entry.size_bytes = entry.scanned_bytes = PAGE_BYTES
-    return ActiveSegment(storage, file, entry, header.capacity_bytes)
+    return file
 
 
 async def seal_file(storage: Storage, file: File, entry: SegmentEntry, tables: FooterTables, data_end: int) -> int:

@@ -120,6 +120,10 @@ class FactMerger:
         if self._tombstones.get(block_id) == stamp:
             del self._tombstones[block_id]
 
+    def __len__(self) -> int:
+        """Blocks with a tombstone."""
+        return len(self._tombstones)
+
     def tombstones(self) -> dict[bytes, int]:
         """Newest tombstone of each id, for the checkpoint."""
         return dict(self._tombstones)

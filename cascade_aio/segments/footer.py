@@ -41,6 +41,12 @@ _RECORD_DTYPE = np.dtype("u1,u1,<u2,<u4,<u8,<u8,<u8,<u8,V32")
 assert _RECORD_DTYPE.itemsize == _RECORD_ROW.size
 
 
+def footer_bytes(records: int, bindings: int, tombstones: int) -> int:
+    """What footer and trailer of so many rows take in the file."""
+    rows = records * _RECORD_ROW.size + bindings * _BINDING_ROW.size + tombstones * _TOMBSTONE_ROW.size
+    return page_padded(rows) + PAGE_BYTES
+
+
 class FooterTables:
     """The three tables under construction."""
 

@@ -142,7 +142,7 @@ class SegmentReader:
             if missing > 0:
                 read.outcome = _judged(read, entry, _cut_short(read, entry, read.record_bytes - missing))
             else:
-                read.outcome = _judged(read, entry, _verified(_decode(read, entry), found, entry))
+                read.outcome = _judged(read, entry, _verified(decode_expected(read, entry), found, entry))
                 if read.arrival is not None and isinstance(read.outcome, fmt.RecordHeader):
                     read.arrival.verified(read.outcome, 0, len(found))
 
@@ -210,7 +210,7 @@ class _Checked:
         chunk = max(0, first - self._header_bytes) // fmt.CHUNK_BYTES
         self._crcs[chunk] = crcs
         if first == 0:
-            self._header = _decode(self._read, self._entry)
+            self._header = decode_expected(self._read, self._entry)
             for other, theirs in self._crcs.items():  # what came before the header could not be judged
                 self._tell(other, theirs)
         else:
@@ -281,7 +281,7 @@ def _is_note(read: RecordRead, entry: SegmentEntry) -> bool:
     return header is not None and header.kind == fmt.NOTE
 
 
-def _decode(read: RecordRead, entry: SegmentEntry) -> fmt.RecordHeader | CorruptionError:
+def decode_expected(read: RecordRead, entry: SegmentEntry) -> fmt.RecordHeader | CorruptionError:
     """The header in the extent, if it is the record that the index speaks of."""
     offset = read.location.page * PAGE_BYTES
     try:

@@ -30,6 +30,10 @@ class SegmentEntry:
     process's writer has it open: a segment that was given up is neither written nor sealed.
     ``unreadable``: a read of it failed, so there may be more in it than is known. Until another look
     succeeds it is left as it is: not sealed, cut, reclaimed or covered by a checkpoint.
+    ``damaged``: compaction met a record in it that is not what was written. The file is kept aside for
+    ``repair``: not reclaimed, though what is sound in it may have been copied elsewhere.
+    ``capacity_bytes`` is what was preallocated, until it is sealed; ``kept_bytes`` of its notes still matter, as
+    far as compaction has written them; ``newest_stamp`` is of the newest record that was ever live in it.
     """
 
     number: int
@@ -44,6 +48,15 @@ class SegmentEntry:
     sealed: bool = False
     writing: bool = False
     unreadable: bool = False
+    damaged: bool = False
+    capacity_bytes: int = 0
+    kept_bytes: int = 0
+    newest_stamp: int = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the file takes on disk, preallocation included."""
+        return self.size_bytes if self.sealed else max(self.size_bytes, self.capacity_bytes)
 
     @property
     def name(self) -> str:

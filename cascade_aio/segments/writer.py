@@ -23,6 +23,7 @@ import dataclasses
 import errno
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from cascade_aio.abc.storage import PAGE_BYTES, Storage
 from cascade_aio.errors import BrokenTierError, CascadeError, ClosedError, ConfigError, TierFullError
@@ -30,6 +31,7 @@ from cascade_aio.segments import format as fmt
 from cascade_aio.segments.active import ActiveSegment, Placed, Write, create_segment
 from cascade_aio.segments.buffers import page_buffer
 from cascade_aio.segments.facts import Location
+from cascade_aio.segments.footer import footer_bytes
 from cascade_aio.segments.layout import Root, WriterClaim
 from cascade_aio.segments.pending import Append, PendingQueue, PendingRecord
 from cascade_aio.segments.table import SegmentTable
@@ -61,8 +63,47 @@ SHORTAGE_SECONDS_MAX = 30.0
 DUE_SECONDS = 1e-6
 """What is due so soon is due now: a timer this short may end without the clock having moved, and again, for ever."""
 
+NOTE_BYTES_MAX = fmt.HEADER_PAGES_MAX * PAGE_BYTES
+
 _SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class SpaceGate(Protocol):
+    """Who answers for the space that segments take: asked before each is created."""
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether a disk without room is met by giving something up."""
+        ...
+
+    def admits(self, nbytes: int) -> bool:
+        """Whether a segment of ``nbytes`` may be created now."""
+        ...
+
+    async def make_room(self, nbytes: int, *, disk_full: bool) -> bool:
+        """Wait until so much may be created, or, with ``disk_full``, until anything was removed; ``False``:
+        there is nothing to give up."""
+        ...
+
+
+class OpenGate:
+    """No budget and nothing to give up."""
+
+    may_evict = False
+
+    def admits(self, nbytes: int) -> bool:
+        return True
+
+    async def make_room(self, nbytes: int, *, disk_full: bool) -> bool:
+        return False
+
+
+class BudgetError(OSError):
+    """The budget leaves no room for a segment, and nothing can be given up."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.EDQUOT, "disk_bytes is used up and nothing can be evicted", path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +120,7 @@ class WriterLimits:
     retry_seconds: float = 2.0
 
     def __post_init__(self) -> None:
-        smallest = (1 + fmt.HEADER_PAGES_MAX) * PAGE_BYTES
+        smallest = _capacity_for(NOTE_BYTES_MAX, fmt.NOTE_ENTRIES_MAX)
         if self.segment_bytes < smallest or self.segment_bytes % PAGE_BYTES:
             raise ConfigError(f"segment_bytes={self.segment_bytes} must be a multiple of 4096, at least {smallest}")
         if self.write_bytes_max < PAGE_BYTES or self.write_bytes_max % PAGE_BYTES:
@@ -127,6 +168,7 @@ class SegmentWriter:
         limits: WriterLimits | None = None,
     ) -> None:
         self.limits = WriterLimits() if limits is None else limits
+        self.gate: SpaceGate = OpenGate()
         self.statistics = WriterStatistics()
         self._storage = storage
         self._root = root
@@ -178,6 +220,16 @@ class SegmentWriter:
         return self._broken is not None
 
     @property
+    def last_ticket(self) -> int:
+        """Number of the newest append."""
+        return self._pending.last_ticket
+
+    @property
+    def settled_ticket(self) -> int:
+        """All appends up to this number are durable."""
+        return self._pending.settled_ticket
+
+    @property
     def complete(self) -> bool:
         """Whether everything appended so far is on stable storage or still on its way there: nothing was given up."""
         return self._broken is None and not self._gave_up
@@ -212,7 +264,7 @@ class SegmentWriter:
         if self._ended.is_set():
             raise ClosedError("the segment writer has ended; open the store again")
         first = pending.first_queued
-        if self._full is not None and first is not None:
+        if self._full is not None and first is not None and not self.gate.may_evict:
             raise self._full_error()
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         pending.want(future)
@@ -227,6 +279,17 @@ class SegmentWriter:
     def space_freed(self) -> None:
         """Room was made on the file system: a full writer tries again now."""
         self._retry.set()
+
+    async def rotate(self) -> None:
+        """End the active segment now and return once it is sealed, so that its space can be reclaimed.
+
+        Does nothing while the segment is empty. A failure counts as any other; may be cancelled.
+        """
+        segment = self._active
+        if segment is None or segment.placed == PAGE_BYTES or self._closing:
+            return
+        self._active = None
+        await asyncio.wait([self._tasks.create_task(self._seal(segment))])
 
     async def aclose(self, *, seal: bool = True) -> None:
         """Flush, seal the active segment (or leave it to the next adopter), end ``run``.
@@ -344,9 +407,9 @@ class SegmentWriter:
     async def _place_loop(self) -> None:
         while True:
             await _until_due(self._place_wake, self._place_in_s)
-            if self._full is not None:
+            if self._full is not None and not await self._relieved():
                 await self._pause()
-            segment = await self._segment_for(self._next_bytes())
+            segment = await self._segment()
             if segment is not None:
                 await self._place_some(segment)
             await asyncio.sleep(0)
@@ -360,30 +423,43 @@ class SegmentWriter:
         finally:
             self._retry.clear()
 
-    def _next_bytes(self) -> int:
-        if self._pending.notes:
-            return fmt.HEADER_PAGES_MAX * PAGE_BYTES
-        return self._pending.records[0].nbytes if self._pending.records else PAGE_BYTES
+    async def _relieved(self) -> bool:
+        """Whether something was given up for the sake of what waits; if nothing can be, flushes are told."""
+        if await self.gate.make_room(self._next()[0], disk_full=True):
+            return True
+        self._refuse_full()
+        return False
 
-    async def _segment_for(self, nbytes: int) -> ActiveSegment | None:
-        """A segment with room for ``nbytes``; ``None`` after a failure that has been dealt with."""
-        if self._active is not None and self._active.room_bytes >= nbytes:
+    def _next(self) -> tuple[int, int]:
+        """(bytes, names) of what is to be placed next, at most."""
+        if self._pending.notes:
+            return NOTE_BYTES_MAX, fmt.NOTE_ENTRIES_MAX
+        if not self._pending.records:
+            return PAGE_BYTES, 0
+        append = self._pending.records[0]
+        return append.nbytes, _names_of(append)
+
+    async def _segment(self) -> ActiveSegment | None:
+        """A segment with room for what comes next; ``None`` after a failure that has been dealt with."""
+        nbytes, names = self._next()
+        if self._active is not None and self._active.fits(nbytes, bindings=names, tombstones=0):
             return self._active
+        capacity = _capacity_for(nbytes, names)
         try:
-            if nbytes > self.limits.segment_bytes - PAGE_BYTES:
-                segment = await self._create(PAGE_BYTES + nbytes)
+            if capacity > self.limits.segment_bytes:
+                segment = await self._create(capacity)
             else:
                 if self._active is not None:
                     full, self._active = self._active, None
                     self._tasks.create_task(self._seal(full))
-                segment = self._active = await self._next_segment(nbytes)
+                segment = self._active = await self._next_segment(capacity)
         except OSError as exc:
             self._count_failure(exc)
             return None
         self._full = None
         return segment
 
-    async def _next_segment(self, nbytes: int) -> ActiveSegment:
+    async def _next_segment(self, capacity: int) -> ActiveSegment:
         if self._prepared is not None:
             task, self._prepared = self._prepared, None
             spare = await task
@@ -391,16 +467,22 @@ class SegmentWriter:
                 return spare
         try:
             return await self._create(self.limits.segment_bytes)
+        except BudgetError:
+            raise
         except OSError as exc:
-            small = max(PAGE_BYTES + nbytes, self.limits.segment_bytes // 16 // PAGE_BYTES * PAGE_BYTES)
+            small = max(capacity, self.limits.segment_bytes // 16 // PAGE_BYTES * PAGE_BYTES)
             if exc.errno not in _NO_SPACE or small >= self.limits.segment_bytes:
                 raise
             return await self._create(small)
 
-    async def _create(self, capacity_bytes: int) -> ActiveSegment:
+    async def _create(self, capacity_bytes: int, *, wait: bool = True) -> ActiveSegment:
         identity = fmt.SegmentIdentity(self._claim.writer, await self._claim.take_sequence(self._storage))
+        while not self.gate.admits(capacity_bytes):
+            if not wait or not await self.gate.make_room(capacity_bytes, disk_full=False):
+                raise BudgetError(self._claim.path)
         entry = self._table.add(identity, own=True)
         entry.writing = True
+        entry.capacity_bytes = capacity_bytes
         header = fmt.SegmentHeader(self._root.store, identity, self._root.digest, capacity_bytes, self._stamp())
         segment: ActiveSegment | None = None
         try:
@@ -414,7 +496,7 @@ class SegmentWriter:
 
     async def _prepare(self) -> ActiveSegment | OSError:
         try:
-            return await self._create(self.limits.segment_bytes)
+            return await self._create(self.limits.segment_bytes, wait=False)
         except OSError as exc:
             return exc  # not a failure yet: the placer tries again when it needs the segment
 
@@ -451,12 +533,13 @@ class SegmentWriter:
         pending = self._pending
         writes: list[Write] = []
         if segment is self._active:
-            while pending.notes and segment.room_bytes >= fmt.HEADER_PAGES_MAX * PAGE_BYTES:
+            while pending.notes and segment.fits(NOTE_BYTES_MAX, bindings=fmt.NOTE_ENTRIES_MAX, tombstones=0):
                 self._plan_record(segment, self._take_note(), writes)
         for _ in range(PLACED_PER_TURN_MAX):
-            if not pending.records or pending.records[0].nbytes > segment.room_bytes:
+            append = pending.records[0] if pending.records else None
+            if append is None or not segment.fits(append.nbytes, bindings=_names_of(append), tombstones=0):
                 break
-            append = pending.records.popleft()
+            pending.records.popleft()
             pending.queued_bytes -= append.nbytes
             self._plan_record(segment, _placed_block(append, self._root.digest), writes)
         for write in writes:
@@ -611,7 +694,7 @@ class SegmentWriter:
         await self._close(segment)
         if self._broken is not None:
             self._give_up_queue()
-        elif self._full is not None:
+        elif self._full is not None and not self.gate.may_evict:
             self._refuse_full()
         self._wake()
 
@@ -619,7 +702,8 @@ class SegmentWriter:
         if exc.errno in _NO_SPACE:
             self.statistics.no_space += 1
             self._full = exc
-            self._refuse_full()
+            if not self.gate.may_evict:
+                self._refuse_full()
             return
         self.statistics.failures += 1
         now_s = self._now_s()
@@ -691,6 +775,15 @@ def _placed_block(append: Append, digest_kind: str) -> Placed:
         bindings=record.bindings, meta=record.meta,
     )  # fmt: skip
     return Placed(header, [append], record.extent)
+
+
+def _names_of(append: Append) -> int:
+    return 0 if append.record is None else len(append.record.bindings)
+
+
+def _capacity_for(nbytes: int, names: int) -> int:
+    """Bytes of a segment that holds one record with so many names."""
+    return PAGE_BYTES + nbytes + footer_bytes(1, names, 0)
 
 
 def _closed_error() -> ClosedError:

@@ -20,7 +20,7 @@ from cascade_aio.testing.memory import MemoryStorage, Operation
 from tests.segments.harness import QUIET, SMALL, Block, Process, blocks_of, damages, running, said, start
 
 CRASH = WriterLimits(
-    segment_bytes=24 * PAGE_BYTES,
+    segment_bytes=40 * PAGE_BYTES,
     write_bytes_max=4 * PAGE_BYTES,
     inflight_bytes_max=16 * PAGE_BYTES,
     linger_bytes=4 * PAGE_BYTES,
