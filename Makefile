@@ -1,7 +1,7 @@
 # Entry points for people and CI. Every target may be repeated; each sets up .venv first if needed.
 #   make demo     see the store work        make bench    measure it against the raw limits
 #   make test     run all tests             make wheel    build the wheel and prove it elsewhere
-#   make crash    kill writers at random, KILLS=200 times, and check what is left
+#   make crash    kill writers at random, KILLS=200 times, and check what is left; FILE_SYSTEM=here|ext4|xfs|all
 #   make build    (re)build after changing c/
 # PYTHON=... chooses the interpreter of a new .venv; ARGS=... is passed on.
 .PHONY: help setup build demo test bench crash wheel lint clean
@@ -25,8 +25,9 @@ bench: setup
 	@.venv/bin/python -m bench run $(ARGS)
 
 crash: KILLS ?= 200
+crash: FILE_SYSTEM ?= all
 crash: setup
-	@.venv/bin/python -m cascade_aio.testing.crash campaign --kills $(KILLS) $(ARGS)
+	@.venv/bin/python -m cascade_aio.testing.crashes campaign --kills $(KILLS) --file-system $(FILE_SYSTEM) $(ARGS)
 
 wheel: setup
 	@scripts/wheel.sh

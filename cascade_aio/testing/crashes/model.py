@@ -26,6 +26,9 @@ CHAIN_BLOCKS = 16
 BLOCK_BYTES_MIN = 4 << 10
 BLOCK_BYTES_MAX = 2 << 20
 
+COMPLAINTS = ("wrong", "damage", "leak")
+"""Reports that must never come, by the kind of promise they say is broken."""
+
 NAMES_PER_BLOCK = 3
 """Name 0 is the block's place in its prompt, the others are further prompts with the same bytes."""
 
@@ -81,16 +84,19 @@ class Oracle:
 
     ``baseline`` maps blocks that are on stable storage to their names. ``may_evict``: a disk budget
     may drop any block, so nothing has to be there; what was deleted stays away all the same.
+    An operation in doubt (cancelled, failed) may have been done or not, whatever was flushed after it.
     """
 
     def __init__(self, baseline: Mapping[int, frozenset[int]], *, may_evict: bool) -> None:
         self.baseline = dict(baseline)
         self.durable = -1
-        self.complaints: list[str] = []
+        self.complaints: list[tuple[str, str]] = []
         self._may_evict = may_evict
         self._operations: dict[int, list[Operation]] = {}
         self._void: set[int] = set()
+        self._doubtful: set[int] = set()
         self.count = 0
+        self.closed = False
 
     def feed(self, event: Sequence[Any]) -> None:
         """One report of the child, in the order in which it made them."""
@@ -101,10 +107,30 @@ class Oracle:
             self.count += 1
         elif what == "miss":
             self._void.add(event[1])
+        elif what == "doubt":
+            self._doubtful.add(event[1])
         elif what == "durable":
             self.durable = max(self.durable, event[1])
-        elif what == "wrong":
-            self.complaints.append(f"the child itself saw: {event[1]}")
+        elif what == "closed":
+            self.closed = True
+        elif what in COMPLAINTS:
+            self.complaints.append((what, f"the child itself saw: {event[1]}"))
+
+    @property
+    def doubts(self) -> int:
+        """Operations in doubt."""
+        return len(self._doubtful)
+
+    def history(self, block: int) -> str:
+        """What is known of a block, for a failure's message."""
+        told = [
+            f"{operation.number} {operation.kind} {operation.name}"
+            + (" (missed)" if operation.number in self._void else "")
+            + (" (in doubt)" if operation.number in self._doubtful else "")
+            for operation in self._operations.get(block, ())
+        ]
+        before = sorted(self.baseline[block]) if block in self.baseline else None
+        return f"names before {before}; operations {told}; durable {self.durable}"
 
     def blocks(self) -> list[int]:
         """Every block that was ever mentioned."""
@@ -118,7 +144,7 @@ class Oracle:
         for operation in self._operations.get(block, ()):
             if operation.number in self._void:
                 continue
-            acknowledged = operation.number <= self.durable
+            acknowledged = operation.number <= self.durable and operation.number not in self._doubtful
             if operation.kind == "delete":
                 must, names_must = False, frozenset()
                 if acknowledged:
