@@ -102,9 +102,9 @@ int cascade_sha256_available(void);
  * -ENOSYS without OpenSSL, -EINVAL for parts that do not fit, -EIO and -ENOMEM from OpenSSL. */
 int cascade_ingest_sha256(void *payload, size_t payload_bytes, const void *key, size_t key_bytes, const void *value,
                           size_t value_bytes, size_t value_offset, size_t chunk_bytes, uint32_t *crcs, uint8_t *digest);
-/* Map `nbytes` of the file `fd` shared, readable and writable, at an address that is a multiple of
- * `alignment` (a power of two, at least a page). */
-int cascade_map_shared(int fd, uint64_t nbytes, uint64_t alignment, void **out);
+/* Map `nbytes` of the file `fd` from `offset` (whole pages) shared, readable and if `writable` also writable,
+ * at an address that is a multiple of `alignment` (a power of two, at least a page). */
+int cascade_map_shared(int fd, uint64_t offset, uint64_t nbytes, uint64_t alignment, int writable, void **out);
 int cascade_unmap(void *addr, uint64_t nbytes);
 /* Put [addr, addr + n) into huge pages, present and writable, bytes unchanged (MADV_COLLAPSE, Linux 6.1;
  * it does not ask how transparent huge pages are configured). addr and n are multiples of the huge page.
@@ -119,6 +119,90 @@ void cascade_trim_heap(void);
 /* Add 1 to the eventfd whose number is `event_fd` cast to a pointer: callable from CUDA host
  * functions and any thread; never blocks on a semaphore overflow. */
 void cascade_notify(void *event_fd);
+
+/* ---- the arena's directory and pins on it: cascade_aio/tiers/DIRECTORY.md ---- */
+
+enum { /* states of a slot: the low byte of its word, whose other bytes are its generation */
+    CASCADE_SLOT_FREE = 0,
+    CASCADE_SLOT_BUSY = 1,     /* being written */
+    CASCADE_SLOT_SEALED = 2,   /* may be pinned */
+    CASCADE_SLOT_EVICTING = 3, /* being withdrawn, or sealed again if somebody has a pin */
+    CASCADE_SLOT_RETIRED = 4,  /* dropped, but pins are left: nothing may take its extent */
+    CASCADE_SLOT_FILLING = 5,  /* an extent that a client writes */
+    CASCADE_SLOT_DORMANT = 6   /* sealed by a former owner, not verified by this one */
+};
+
+enum {
+    CASCADE_SLOT_BY_MESSAGE = 1 /* flag: metadata does not fit, a pin is refused */
+};
+
+struct cascade_directory { /* one mapping of a directory, with the geometry that this process computed */
+    void *cells; /* buckets of 8 cells of 8 bytes, 64-byte aligned */
+    void *slots; /* 256 bytes each */
+    uint32_t slot_count;
+    uint32_t buckets; /* a power of two */
+};
+
+struct cascade_pins { /* one mapping of a pin table */
+    void *touches; /* uint64_t: how often a touched byte was set */
+    void *counts;  /* uint32_t per slot */
+    void *touched; /* uint8_t per slot, 8-byte aligned */
+    uint32_t slot_count;
+    uint32_t reserved;
+};
+
+struct cascade_entry { /* what a slot says: 176 bytes */
+    uint64_t word;
+    uint64_t offset; /* of the extent in the arena */
+    uint64_t key_bytes;
+    uint64_t value_bytes;
+    uint64_t value_offset; /* in the payload, which begins header_bytes behind offset */
+    uint32_t slot;
+    uint32_t header_bytes;
+    uint32_t meta_bytes;
+    uint32_t flags;
+    uint8_t digest[32];
+    uint8_t meta[88];
+};
+
+/* Readers. A name is 16 bytes. None of these blocks or writes the directory. */
+/* The slot of a sealed block, or -ENOENT: true at some moment during the call. */
+int64_t cascade_directory_find(const struct cascade_directory *directory, const uint8_t *name);
+/* How many of `count` names, leading ones, are those of sealed blocks. */
+uint32_t cascade_directory_lookup(const struct cascade_directory *directory, const uint8_t *names, uint32_t count);
+/* Pin the block and tell what its slot says, which stays so until cascade_pins_drop; -ENOENT. */
+int cascade_directory_pin(const struct cascade_directory *directory, const struct cascade_pins *pins, const uint8_t *name,
+                          struct cascade_entry *out);
+/* One more pin on a slot that cannot be withdrawn now: the owner's call, for a client. -EINVAL: no such slot. */
+int cascade_pins_add(const struct cascade_pins *pins, uint32_t slot);
+/* One pin less; -EINVAL if there was none. */
+int cascade_pins_drop(const struct cascade_pins *pins, uint32_t slot);
+
+/* The owner, one thread. `tables` are the counts of all pin tables. -EINVAL for a slot that does not exist. */
+/* Fill a free slot (-EBUSY if it is not) and give it a state; SEALED: findable by its id (-ENOSPC: still free). */
+int cascade_directory_publish(const struct cascade_directory *directory, const struct cascade_entry *entry, uint32_t state);
+/* A further name of a sealed slot; -ENOSPC when the slot or the table has no room. */
+int cascade_directory_bind(const struct cascade_directory *directory, uint32_t slot, const uint8_t *name);
+int cascade_directory_unbind(const struct cascade_directory *directory, uint32_t slot, const uint8_t *name);
+/* 1: nobody has a pin, the slot is free. 0: somebody has, nothing has changed. */
+int cascade_directory_withdraw(const struct cascade_directory *directory, uint32_t slot, uint32_t *const *tables,
+                               uint32_t table_count);
+/* No new pins from now on. 1: the slot is free. 0: pins are left, call again. */
+int cascade_directory_retire(const struct cascade_directory *directory, uint32_t slot, uint32_t *const *tables,
+                             uint32_t table_count);
+/* What a slot of any state says, and its state; -EBADMSG if its checksum is wrong. */
+int cascade_directory_inspect(const struct cascade_directory *directory, uint32_t slot, struct cascade_entry *out);
+/* Change the state of a slot; SEALED: findable by its id, without names (-ENOSPC: unchanged); FREE: of a new generation. */
+int cascade_directory_mark(const struct cascade_directory *directory, uint32_t slot, uint32_t state);
+/* Empty the table of names. */
+void cascade_directory_clear_names(const struct cascade_directory *directory);
+/* Slots from `start` on that were touched since they were last asked for, up to `capacity`; the search ended before *next. */
+uint32_t cascade_pins_harvest(const struct cascade_pins *pins, uint32_t start, uint32_t *out, uint32_t capacity, uint32_t *next);
+/* The same for slots that have a pin. */
+uint32_t cascade_pins_held(const struct cascade_pins *pins, uint32_t start, uint32_t *out, uint32_t capacity, uint32_t *next);
+/* An aligned 64-bit word shared with another process: acquire and release. */
+uint64_t cascade_word_load(const void *address);
+void cascade_word_store(void *address, uint64_t value);
 
 /* cffi: end */
 

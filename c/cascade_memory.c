@@ -16,10 +16,11 @@
 #define MADV_COLLAPSE 25 /* Linux 6.1 */
 #endif
 
-int cascade_map_shared(int fd, uint64_t nbytes, uint64_t alignment, void **out)
+int cascade_map_shared(int fd, uint64_t offset, uint64_t nbytes, uint64_t alignment, int writable, void **out)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    if (nbytes == 0 || alignment < page || (alignment & (alignment - 1)) != 0 || nbytes > SIZE_MAX - alignment)
+    if (nbytes == 0 || alignment < page || (alignment & (alignment - 1)) != 0 || nbytes > SIZE_MAX - alignment ||
+        offset > INT64_MAX)
         return -EINVAL;
     size_t length = (size_t)((nbytes + page - 1) / page * page);
     size_t reserved = length + (size_t)alignment;
@@ -28,7 +29,8 @@ int cascade_map_shared(int fd, uint64_t nbytes, uint64_t alignment, void **out)
     if (base == MAP_FAILED)
         return -errno;
     uint8_t *start = (uint8_t *)(((uintptr_t)base + alignment - 1) & ~(uintptr_t)(alignment - 1));
-    if (mmap(start, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+    int access = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+    if (mmap(start, length, access, MAP_SHARED | MAP_FIXED, fd, (off_t)offset) == MAP_FAILED) {
         int saved = errno;
         munmap(base, reserved);
         return -saved;

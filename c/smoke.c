@@ -151,7 +151,7 @@ static void check_memory(void)
     int shared_fd = memfd_create("smoke", MFD_CLOEXEC);
     CHECK(shared_fd >= 0 && ftruncate(shared_fd, 4 << 20) == 0);
     void *shared = NULL;
-    CHECK(cascade_map_shared(shared_fd, 4 << 20, 2 << 20, &shared) == 0);
+    CHECK(cascade_map_shared(shared_fd, 0, 4 << 20, 2 << 20, 1, &shared) == 0);
     CHECK((uintptr_t)shared % (2 << 20) == 0);
     memset(shared, 5, 4 << 20);
     int collapsed = cascade_collapse(shared, 4 << 20); /* not every kernel can: then the bytes must not care */
@@ -159,9 +159,9 @@ static void check_memory(void)
     for (size_t i = 0; i < (4 << 20); i += PAGE)
         CHECK(((unsigned char *)shared)[i] == 5);
     CHECK(cascade_unmap(shared, 4 << 20) == 0);
-    CHECK(cascade_map_shared(shared_fd, 4 << 20, 3000, &shared) == -EINVAL);
+    CHECK(cascade_map_shared(shared_fd, 0, 4 << 20, 3000, 1, &shared) == -EINVAL);
     close(shared_fd);
-    CHECK(cascade_map_shared(-1, PAGE, PAGE, &shared) == -EBADF);
+    CHECK(cascade_map_shared(-1, 0, PAGE, PAGE, 1, &shared) == -EBADF);
 
     int event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     CHECK(event_fd >= 0);

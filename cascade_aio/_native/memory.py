@@ -106,17 +106,19 @@ def ingest_sha256(
     return bytes(digest), tuple(ffi.unpack(crcs, count)) if count else ()
 
 
-def map_shared(fd: int, nbytes: int, alignment: int) -> memoryview:
-    """Map a file's first ``nbytes`` (shared, writable) at a multiple of ``alignment``; unmapped with its last view.
+def map_shared(fd: int, nbytes: int, alignment: int, *, offset: int = 0, writable: bool = True) -> memoryview:
+    """Map ``nbytes`` of a file from ``offset`` (whole pages), shared, at a multiple of ``alignment``.
 
-    Raises ``OSError`` as ``mmap`` does, ``EINVAL`` for an alignment that is no power of two.
+    Unmapped with its last view. Raises ``OSError`` as ``mmap`` does, ``EINVAL`` for an alignment that is no
+    power of two.
     """
     out = ffi.new("void **")
-    rc = lib.cascade_map_shared(fd, nbytes, alignment, out)
+    rc = lib.cascade_map_shared(fd, offset, nbytes, alignment, writable, out)
     if rc < 0:
         raise OSError(-rc, f"cannot map {nbytes} bytes of shared memory: {os.strerror(-rc)}")
     owner = ffi.gc(out[0], lambda address: lib.cascade_unmap(address, nbytes))
-    return memoryview(ffi.buffer(owner, nbytes))
+    view = memoryview(ffi.buffer(owner, nbytes))
+    return view if writable else view.toreadonly()
 
 
 def collapse(memory: Buffer) -> None:
