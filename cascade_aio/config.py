@@ -125,6 +125,8 @@ class StoreConfig:
     """Blocks the index may hold, those of other writers of the root included; reserves address space, not memory."""
     eviction: Literal["prefix-lru", "hit-density"] = "prefix-lru"
     """Which blocks leave a full tier: ``prefix-lru`` is the cheapest, ``hit-density`` learns when blocks come back."""
+    read_only: bool = False
+    """Only look: the root must exist, nothing in it is written, locked, recovered or created."""
     may_lose_unflushed: bool = False
     """Evict unwritten blocks from the arena without writing them."""
     register_buffers: bool = True
@@ -168,7 +170,7 @@ _CHOICES = {
     for name, hint in typing.get_type_hints(StoreConfig).items()
     if typing.get_origin(hint) is Literal
 }
-SWITCHES = ("may_lose_unflushed", "register_buffers")
+SWITCHES = ("read_only", "may_lose_unflushed", "register_buffers")
 CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(StoreConfig))
 
 

@@ -13,12 +13,12 @@ import aiofiles
 import typer
 from rich.table import Table
 
-from cascade_aio.cli.options import Json, Settings, arena_bytes_for, store_command
+from cascade_aio.cli.options import Json, Settings, arena_bytes_for, open_private, store_command
 from cascade_aio.cli.output import UsageError, out, print_json, run
 from cascade_aio.config import GIB, MIB, StoreConfig, format_size, parse_size
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import BLOCK_ID_BYTES, BlockId, PrefixKey
-from cascade_aio.store import Block, open_store
+from cascade_aio.store import Block
 
 GET_ARENA_BYTES = GIB
 """Arena of a single ``get``: holds any block of usual size."""
@@ -48,8 +48,7 @@ def put(
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is no regular file; put takes files only")
     largest = max(os.stat(path).st_size for path in files)
-    with settings.private_arena(None, arena_bytes_for(largest), must_exist=False) as config:
-        rows = run(_put_files(config, files, split))
+    rows = run(_put_files(settings.private(None, arena_bytes_for(largest)), files, split))
     if json:
         print_json(rows)
         return
@@ -59,7 +58,7 @@ def put(
 
 async def _put_files(config: StoreConfig, files: list[Path], split: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    async with open_store(config) as store:
+    async with open_private(config) as store:
         for path in files:
             async with aiofiles.open(path, "rb") as file:
                 content = memoryview(await file.read())
@@ -96,14 +95,13 @@ def get(
         raise UsageError("--json needs -o FILE: stdout carries the bytes otherwise")
     if output is None and sys.stdout.isatty():
         raise UsageError("a block is binary; give -o FILE or redirect stdout")
-    with settings.private_arena(None, GET_ARENA_BYTES) as config:
-        row = run(_get_block(config, name, output, part))
+    row = run(_get_block(settings.reading(None, GET_ARENA_BYTES), name, output, part))
     if json:
         print_json(row)
 
 
 async def _get_block(config: StoreConfig, name: BlockId | PrefixKey, output: Path | None, part: str) -> dict[str, Any]:
-    async with open_store(config) as store, store.get(name) as block:
+    async with open_private(config) as store, store.get(name) as block:
         await asyncio.to_thread(_write_out, output, block, part)
         return {
             "block_id": block.block_id,
@@ -128,8 +126,7 @@ def _write_out(output: Path | None, block: Block, part: str) -> None:
 @store_command
 def ls(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """List the blocks of a root."""
-    with settings.private_arena(directory, LOOK_ARENA_BYTES) as config:
-        rows = run(_list_blocks(config))
+    rows = run(_list_blocks(settings.reading(directory, LOOK_ARENA_BYTES)))
     if json:
         print_json(rows)
         return
@@ -143,7 +140,7 @@ def ls(settings: Settings, directory: PositionalRoot = None, json: Json = False)
 
 
 async def _list_blocks(config: StoreConfig) -> list[dict[str, Any]]:
-    async with open_store(config) as store:
+    async with open_private(config) as store:
         return [
             {
                 "block_id": str(info.block_id),

@@ -11,17 +11,15 @@ from rich.table import Table
 
 from cascade_aio._version import __version__
 from cascade_aio.cli.blocks import GET_ARENA_BYTES, LOOK_ARENA_BYTES, PositionalRoot
-from cascade_aio.cli.options import Json, Settings, store_command
+from cascade_aio.cli.options import Json, Settings, open_private, store_command
 from cascade_aio.cli.output import err, out, print_json, run
 from cascade_aio.config import StoreConfig, format_size
-from cascade_aio.store import open_store
 
 
 @store_command
 def stat(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """Print the statistics of a root as a freshly opened store sees them."""
-    with settings.private_arena(directory, LOOK_ARENA_BYTES) as config:
-        statistics = run(_read_statistics(config))
+    statistics = run(_read_statistics(settings.reading(directory, LOOK_ARENA_BYTES)))
     if json:
         print_json(statistics)
         return
@@ -32,7 +30,7 @@ def stat(settings: Settings, directory: PositionalRoot = None, json: Json = Fals
 
 
 async def _read_statistics(config: StoreConfig) -> dict[str, Any]:
-    async with open_store(config) as store:
+    async with open_private(config) as store:
         return dict(store.statistics())
 
 
@@ -55,8 +53,7 @@ def _show(name: str, entry: Any) -> str:
 @store_command
 def verify(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """Read and check every block of a root; exit code 1 if any is damaged."""
-    with settings.private_arena(directory, GET_ARENA_BYTES) as config:
-        report = run(_verify_root(config))
+    report = run(_verify_root(settings.reading(directory, GET_ARENA_BYTES)))
     if json:
         print_json(report)
     else:
@@ -70,7 +67,7 @@ def verify(settings: Settings, directory: PositionalRoot = None, json: Json = Fa
 
 async def _verify_root(config: StoreConfig) -> dict[str, Any]:
     columns = ("verify", BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    async with open_store(config) as store:
+    async with open_private(config) as store:
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task("verify", total=None)
 

@@ -2,7 +2,8 @@
 
 ``store_command`` adds ``--root``, ``--config`` and one option per setting to a function and hands it
 the merged ``StoreConfig``. Commands that only look at a root for a moment use ``private_arena``:
-they take a small arena of their own, so that they work beside a running owner of the shared one.
+they take a small nameless arena of their own, so that they work beside a running owner of the shared one
+and leave nothing behind when they are killed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,9 @@ import typer
 from cascade_aio.cli.output import UsageError
 from cascade_aio.config import ALIGNMENT_BYTES, CONFIG_KEYS, MIB, SHM_BYTES_MIN, SWITCHES, StoreConfig, load_config
 from cascade_aio.errors import ConfigError
+from cascade_aio.store.opening import open_with
+from cascade_aio.store.store import Store
+from cascade_aio.tiers.arena import PrivateArena
 
 SETTING_HELP = {
     "root": "Directory of the segment files.",
@@ -45,6 +49,7 @@ SETTING_HELP = {
     "stripe": "auto or off.",
     "index_blocks_max": "Blocks the index may hold, of all writers of the root.",
     "eviction": "prefix-lru or hit-density: which blocks leave a full tier.",
+    "read_only": "Only look: write nothing (what ls, get, stat and verify do anyway).",
     "may_lose_unflushed": "Evict unwritten blocks without writing them.",
     "register_buffers": "Register the arena with io_uring.",
 }
@@ -111,27 +116,28 @@ class Settings:
         except ConfigError as error:
             raise UsageError(str(error)) from None
 
-    @contextlib.contextmanager
-    def private_arena(
-        self, root: Path | str | None, shm_bytes: int, *, must_exist: bool = True
-    ) -> Iterator[StoreConfig]:
-        """A configuration with an arena of this process alone, removed on leaving the scope.
-
-        The arena has ``shm_bytes``, or what ``--shm-bytes`` says (a variable or file that sizes the
-        shared arena does not count). With ``--arena`` the configuration is used as it is.
-        """
-        config = self.config(root)
-        if must_exist and not os.path.isdir(config.root):
+    def reading(self, root: Path | str | None, shm_bytes: int) -> StoreConfig:
+        """A configuration that only looks at a root, in memory of ``shm_bytes`` or what ``--shm-bytes`` says."""
+        config = self.private(root, shm_bytes)
+        if not os.path.isdir(config.root):
             raise UsageError(f"root {config.root} is not a directory; 'cascade-aio put' makes one")
-        if self.given["arena"] is not None:
-            yield config
-            return
-        name = f"cascade-cli-{os.getuid()}-{os.getpid()}"
-        size = config.shm_bytes if self.given["shm_bytes"] is not None else shm_bytes
-        try:
-            yield dataclasses.replace(config, arena=name, shm_bytes=size)
-        finally:
-            remove_arena(config.shm_dir, name)
+        return dataclasses.replace(config, read_only=True)
+
+    def private(self, root: Path | str | None, shm_bytes: int) -> StoreConfig:
+        """A configuration for ``open_private``: a variable or file that sizes the shared arena does not count."""
+        config = self.config(root)
+        return config if self.given["shm_bytes"] is not None else dataclasses.replace(config, shm_bytes=shm_bytes)
+
+
+@contextlib.asynccontextmanager
+async def open_private(config: StoreConfig) -> AsyncIterator[Store]:
+    """The store, in nameless memory of this process, unless the configuration names an arena."""
+    arena = None if config.arena is not None else PrivateArena(config.shm_bytes)
+    store = await open_with(config, arena=arena)
+    try:
+        yield store
+    finally:
+        await store.aclose()
 
 
 def remove_arena(shm_dir: str, name: str) -> None:

@@ -7,6 +7,7 @@ know: what is inside segments.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import posixpath
@@ -120,7 +121,22 @@ class WriterClaim:
             self.lock = None
 
 
-async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock, create: bool = True) -> Root:
+async def find_root(storage: Storage, root: str) -> Root:
+    """The root as it is, of either digest; nothing is written. Raises ``ConfigError`` for what is no store."""
+    try:
+        found = await _read_json(storage, posixpath.join(root, ROOT_FILE))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{root} holds no store (it has no {ROOT_FILE}); name the directory that a store was opened in"
+        ) from None
+    except NotADirectoryError:
+        raise ConfigError(f"{root} is a file; name the directory of a store") from None
+    except OSError as exc:
+        raise ConfigError(f"{root} cannot be read: {exc.strerror}; check its permissions") from exc
+    return _check_root(root, found, None)
+
+
+async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock) -> Root:
     """Create the root or check that it is ours.
 
     Raises ``ConfigError`` for what is no store, another format version or digest kind, or a
@@ -148,8 +164,6 @@ async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock, c
         raise ConfigError(
             f"{root} is no store and not empty (it holds {', '.join(strangers[:3])}): name an empty or new directory"
         )
-    if not create:
-        raise ConfigError(f"{root} holds no store; open it once with create=True")
     try:
         changed = await _directories_to_change(storage, root)
         await storage.make_directory(posixpath.join(root, WRITERS))
@@ -221,7 +235,7 @@ async def _write_root(storage: Storage, root: str, digest: str, clock: Clock) ->
     return Root(root, store.bytes, digest, created=True)
 
 
-def _check_root(root: str, found: dict[str, Any], digest: str) -> Root:
+def _check_root(root: str, found: dict[str, Any], digest: str | None) -> Root:
     if found.get("format") != FORMAT_NAME:
         raise ConfigError(f"{root}/{ROOT_FILE} does not describe a {FORMAT_NAME} store: name another directory")
     if found.get("version") != FORMAT_VERSION:
@@ -229,8 +243,10 @@ def _check_root(root: str, found: dict[str, Any], digest: str) -> Root:
             f"{root} was written by format {found.get('version')}, this version reads {FORMAT_VERSION}: open it with "
             "the version of cascade_aio that wrote it, or name another directory"
         )
-    if found.get("digest") != digest:
-        kind = found.get("digest")
+    kind = found.get("digest")
+    if kind not in DIGEST_KINDS:
+        raise ConfigError(f"{root}/{ROOT_FILE} is damaged (digest {kind!r}): restore it from a copy of the root")
+    if digest not in (None, kind):
         raise ConfigError(f'{root} names its blocks by {kind}, not {digest}: open it with digest="{kind}"')
     try:
         store = bytes.fromhex(str(found.get("store")))
@@ -238,7 +254,7 @@ def _check_root(root: str, found: dict[str, Any], digest: str) -> Root:
         store = b""
     if len(store) != 16:
         raise ConfigError(f"{root}/{ROOT_FILE} is damaged (no store uuid): restore it from a copy of the root")
-    return Root(root, store, digest, created=False)
+    return Root(root, store, str(kind), created=False)
 
 
 async def claim_writer(storage: Storage, root: Root, host: Host, clock: Clock | None = None) -> WriterClaim:
@@ -447,7 +463,10 @@ def list_segments(entries: list[FileEntry]) -> list[tuple[int, int]]:
 
 async def list_writers(storage: Storage, root: Root) -> list[bytes]:
     """Ids of all writer directories, ascending."""
-    entries = await storage.list_directory(root.writers_path)
+    try:
+        entries = await storage.list_directory(root.writers_path)
+    except FileNotFoundError:
+        return []
     ids = [_writer_id(entry.name) for entry in entries if entry.is_dir]
     return sorted(writer for writer in ids if writer is not None)
 
@@ -458,6 +477,21 @@ def _writer_id(name: str) -> bytes | None:
     except ValueError:
         return None
     return raw if len(raw) == 16 and raw.hex() == name else None
+
+
+async def largest_checkpoint(storage: Storage, root: Root) -> str | None:
+    """Path of the checkpoint that says most, for one who only looks. Raises ``OSError``."""
+    found: list[tuple[int, str]] = []
+    for writer in await list_writers(storage, root):
+        path = _writer_path(root, writer)
+        with contextlib.suppress(FileNotFoundError):
+            entries = await storage.list_directory(path)
+            found += [
+                (entry.size_bytes, posixpath.join(path, CHECKPOINT_FILE))
+                for entry in entries
+                if entry.name == CHECKPOINT_FILE
+            ]
+    return max(found)[1] if found else None
 
 
 async def _read_json(storage: Storage, path: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import StoreConfig
 from cascade_aio.core.lifecycle import CopyEvent, CopyState, advance
-from cascade_aio.errors import CascadeError, ClosedError, CorruptionError, InternalError
+from cascade_aio.errors import CascadeError, ClosedError, ConfigError, CorruptionError, InternalError
 from cascade_aio.segments.facts import Location
 from cascade_aio.segments.format import Binding, bindings_room
 from cascade_aio.segments.pending import PendingRecord
@@ -199,6 +199,14 @@ class StoreContext:
                 f"a background task of the store on {self.config.root} failed; close the store and open it again, "
                 "and please report this"
             ) from self.failure
+
+    def check_writable(self) -> None:
+        """Every public call that changes the store starts here."""
+        self.check()
+        if self.config.read_only:
+            raise ConfigError(
+                f"the store on {self.config.root} was opened with read_only=True; open it without to change anything"
+            )
 
     def fail(self, error: BaseException) -> None:
         """A background task died of something nobody foresaw: refuse everything from now on."""

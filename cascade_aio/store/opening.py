@@ -26,7 +26,7 @@ from cascade_aio.errors import ConfigError
 from cascade_aio.io.engine import EngineLimits
 from cascade_aio.io.platform import open_platform
 from cascade_aio.segments.hosts import this_host
-from cascade_aio.segments.layout import claim_writer, open_root
+from cascade_aio.segments.layout import WriterClaim, claim_writer, find_root, open_root
 from cascade_aio.segments.reader import SegmentReader
 from cascade_aio.segments.stripe import prepare_directory
 from cascade_aio.segments.table import SegmentTable
@@ -42,7 +42,7 @@ from cascade_aio.store.putting import Putter
 from cascade_aio.store.recovering import recover, save_checkpoint
 from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.store import Store
-from cascade_aio.tiers.arena import Arena, open_arena
+from cascade_aio.tiers.arena import Arena, PrivateArena, open_arena
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
 
@@ -69,6 +69,10 @@ def open_store(root: str | os.PathLike[str] | StoreConfig, **settings: Any) -> S
     Opening raises ``ConfigError`` (a wrong setting; a root that is no store, of another format or digest,
     not writable; an arena in use; ``io_backend="uring"`` without io_uring), ``TierFullError`` (shared
     memory too small) or ``OSError``. What earlier writers left is recovered meanwhile.
+
+    With ``read_only=True`` nothing is created, written, locked or recovered: it works beside a writer and
+    without write permission, takes either digest, needs no arena file (unless ``arena`` names one), and a
+    directory that is no root is refused.
     """
     if isinstance(root, StoreConfig):
         if settings:
@@ -138,14 +142,23 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     undo.push(platform.engine.aclose)
     undo.push(platform.storage.aclose)
     storage = platform.storage
-    root = await open_root(storage, config.root, config.digest, clock=platform.clock)
+    if config.read_only:
+        root = await find_root(storage, config.root)
+        config = dataclasses.replace(config, digest=root.digest, disk_bytes=None)  # type: ignore[arg-type]
+    else:
+        root = await open_root(storage, config.root, config.digest, clock=platform.clock)
+    if arena is None and config.read_only and config.arena is None:
+        arena = PrivateArena(config.shm_bytes)
     if arena is None:
         arena = await open_arena(os.path.join(config.shm_dir, arena_name(config)), config.shm_bytes)
     undo.push_sync(arena.close)
     host = await asyncio.to_thread(this_host, config.root)
-    claim = await claim_writer(storage, root, host, platform.clock)
-    undo.push_sync(claim.release)
-    stripe = await _stripe(config, claim.path)
+    if config.read_only:
+        claim, stripe = WriterClaim(b"", config.root, host, 0, None, adopted=False), "nothing is written"
+    else:
+        claim = await claim_writer(storage, root, host, platform.clock)
+        undo.push_sync(claim.release)
+        stripe = await _stripe(config, claim.path)
     clock = HybridClock()
     table = SegmentTable(storage, config.root)
     undo.push(table.aclose)
@@ -170,14 +183,15 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     reader = SegmentReader(storage, platform.engine, table)
     disk = DiskTier(platform, table, reader, writer, clock, backlog_bytes_max=backlog_bytes_max)
     context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop), writer=claim.writer)
-    await recover(context, root, claim)
+    await recover(context, root, None if config.read_only else claim)
     adopter = context.adopter = Adopter(context, root, host, platform.clock)
     undo.push_sync(adopter.release)
-    undo.push(functools.partial(save_checkpoint, context, root, claim))
-    background = TaskScope(context.fail)
-    undo.push(background.close)
-    undo.push(writer.aclose)
-    background.spawn(writer.run(), "cascade-segment-writer")
+    if not config.read_only:
+        undo.push(functools.partial(save_checkpoint, context, root, claim))
+        background = TaskScope(context.fail)
+        undo.push(background.close)
+        undo.push(writer.aclose)
+        background.spawn(writer.run(), "cascade-segment-writer")
     getter = Getter(context)
     prefetcher = Prefetcher(context, getter)
     space = SpaceKeeper(context)
@@ -187,7 +201,7 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     context.tasks.spawn(_prefault(context), "cascade-prefault")
     if config.disk_bytes is not None:
         context.tasks.spawn(space.run(), "cascade-space")
-    if config.adopt_seconds is not None:
+    if config.adopt_seconds is not None and not config.read_only:
         context.tasks.spawn(adopter.run(config.adopt_seconds), "cascade-adopter")
     space.check()
     context.stripe = stripe

@@ -26,7 +26,7 @@ from cascade_aio.segments.checkpoint import (
     write_checkpoint,
 )
 from cascade_aio.segments.facts import BindingFact, BlockFact, Fact, TombstoneFact
-from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim
+from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim, largest_checkpoint
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.context import StoreContext
 
@@ -36,14 +36,19 @@ TRIMMED_BLOCKS_MIN = 100_000
 logger = logging.getLogger("cascade_aio.store")
 
 
-async def recover(context: StoreContext, root: Root, claim: WriterClaim) -> None:
-    """Fill the catalog from the root. Own open segments of a crash are sealed on the way."""
+async def recover(context: StoreContext, root: Root, claim: WriterClaim | None) -> None:
+    """Fill the catalog from the root. Own open segments of a crash are sealed on the way; without a claim
+    nothing is changed."""
     storage, engine = context.platform.storage, context.platform.engine
     context.recovery = Recovery(storage, engine, root, context.disk.table, claim)
-    found = await read_checkpoint(storage, engine, posixpath.join(claim.path, CHECKPOINT_FILE), store=root.store)
+    if claim is None:
+        path = await largest_checkpoint(storage, root)
+    else:
+        path = posixpath.join(claim.path, CHECKPOINT_FILE)
+    found = None if path is None else await read_checkpoint(storage, engine, path, store=root.store)
     covers: Sequence[Cover] = ()
     if isinstance(found, Checkpoint):
-        covers = await _load(context, found, claim)
+        covers = await _load(context, found)
     elif isinstance(found, CheckpointFailure):
         logger.warning("checkpoint %s is not used, the segments are read instead: %s", found.path, found.reason)
     del found
@@ -80,7 +85,7 @@ async def take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
     return fresh
 
 
-async def _load(context: StoreContext, checkpoint: Checkpoint, claim: WriterClaim) -> Sequence[Cover]:
+async def _load(context: StoreContext, checkpoint: Checkpoint) -> Sequence[Cover]:
     """Take the checkpoint's columns for the index; what it covers need not be read again."""
     catalog, table = context.catalog, context.disk.table
     columns = dict(checkpoint.columns)
@@ -92,10 +97,12 @@ async def _load(context: StoreContext, checkpoint: Checkpoint, claim: WriterClai
             raise CorruptionError("the checkpoint names a segment that it does not list")
         index = await asyncio.to_thread(BlockIndex.from_columns, columns, capacity_max=context.config.index_blocks_max)
     except (CorruptionError, TierFullError) as error:
-        logger.warning("the checkpoint in %s is not used, the segments are read instead: %s", claim.path, error)
+        logger.warning("a checkpoint of %s is not used, the segments are read instead: %s", table.root, error)
         return ()
     for cover in checkpoint.covers:  # in order: numbers in the columns are positions in this list
-        table.add(cover.identity, own=cover.identity.writer == claim.writer).live_bytes = cover.live_bytes
+        table.add(
+            cover.identity, own=cover.identity.writer in context.recovery.own_writers
+        ).live_bytes = cover.live_bytes
     catalog.adopt_index(index)
     for block_id, stamp in zip(tombstone_ids, tombstone_stamps.tolist(), strict=True):
         context.merger.facts.bury(block_id.tobytes(), stamp)

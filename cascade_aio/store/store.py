@@ -185,7 +185,7 @@ class Store:
         Waits for arena room up to ``put_wait_seconds_max``. Raises ``ConfigError`` (not contiguous, no
         buffer, bad prefix), ``BlockTooLargeError``, ``TierFullError``, ``DigestConflictError``.
         """
-        self._context.check()
+        self._context.check_writable()
         return await self._putter.put(key, value, prefix, parent, meta)
 
     def reserve(
@@ -202,7 +202,7 @@ class Store:
         Fill ``slot.key`` and ``slot.value``. A clean exit digests and seals (``slot.block_id``), an exception
         aborts. Arrays of the slot that are still referenced then cost one copy. Errors as in ``put``.
         """
-        self._context.check()
+        self._context.check_writable()
         return ReserveRequest(self._context, self._putter, key_bytes, value_bytes, prefix, parent, meta)
 
     async def read_into(self, name: BlockId | PrefixKey | str, key_buffer: Buffer, value_buffer: Buffer) -> None:
@@ -239,7 +239,7 @@ class Store:
         Of several stores that try, one adopts. What is not provably dead is left alone; the report says
         why. May be cancelled and called again. Raises ``OSError``.
         """
-        self._context.check()
+        self._context.check_writable()
         return await self._context.while_open(self._context.adopter.adopt())
 
     async def delete(self, name: BlockId | PrefixKey | str) -> None:
@@ -247,7 +247,7 @@ class Store:
 
         Leases on it stay valid. Raises ``BlockNotFoundError`` if it is unknown.
         """
-        self._context.check()
+        self._context.check_writable()
         row = self._getter.resolve(name)
         catalog = self._context.catalog
         block_id = catalog.index.block_id(row)

@@ -94,7 +94,7 @@ def _distrust(context: StoreContext, entry: SegmentEntry, start: int, end: int) 
         if location is None or not start <= location[1] * PAGE_BYTES < end:
             continue
         copy = catalog.copies.get(row)
-        if copy is not None:
+        if copy is not None and not context.config.read_only:
             context.append_again(copy)
         else:
             catalog.unplace(row)

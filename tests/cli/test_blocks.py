@@ -153,3 +153,23 @@ def test_every_setting_has_help() -> None:
     from cascade_aio.config import CONFIG_KEYS
 
     assert tuple(SETTING_HELP) == CONFIG_KEYS
+
+
+@pytest.mark.parametrize("command", ["ls", "stat", "verify"])
+def test_looking_at_an_empty_directory_does_not_make_it_a_store(tmp_path: Path, cli: Cli, command: str) -> None:
+    call = cli(command, tmp_path)
+    assert (call.code, list(tmp_path.iterdir())) == (1, [])
+    assert "holds no store" in call.err
+
+
+def test_a_command_that_is_killed_leaves_no_memory_behind(stored: tuple[Path, str]) -> None:
+    """Whatever signal ends it: its arena has no name."""
+    root, block_id = stored
+    before = {name for name in os.listdir("/dev/shm") if name.startswith("cascade-cli")}
+    for arguments in (["get", block_id, "--root", str(root)], ["put", __file__, "--root", str(root)]):
+        child = subprocess.Popen([sys.executable, "-m", "cascade_aio", *arguments], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.read(1)  # it is at work
+        child.kill()
+        child.communicate()
+    assert {name for name in os.listdir("/dev/shm") if name.startswith("cascade-cli")} <= before

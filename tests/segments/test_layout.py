@@ -15,6 +15,7 @@ from cascade_aio.segments.layout import (
     SEQUENCES_RESERVED,
     claim_dead,
     claim_writer,
+    find_root,
     list_writers,
     open_root,
 )
@@ -49,8 +50,8 @@ async def test_what_is_no_usable_root_is_refused_clearly() -> None:
     storage = MemoryStorage()
     with pytest.raises(ConfigError, match="digest='md5'"):
         await open_root(storage, "/kv", "md5", clock=CLOCK)
-    with pytest.raises(ConfigError, match="create=True"):
-        await open_root(storage, "/kv", "sha256", clock=CLOCK, create=False)
+    with pytest.raises(ConfigError, match="holds no store"):
+        await find_root(storage, "/kv")
     await storage.write_small("/file", [b"x"])
     with pytest.raises(ConfigError, match="is a file"):
         await open_root(storage, "/file", "sha256", clock=CLOCK)
