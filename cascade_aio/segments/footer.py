@@ -108,10 +108,13 @@ class Trailer:
     footer_crc: int
 
 
-def decode_trailer(page: memoryview, identity: fmt.SegmentIdentity, file_bytes: int) -> Trailer | None:
+def decode_trailer(
+    page: memoryview, identity: fmt.SegmentIdentity, file_bytes: int, *, path: str = ""
+) -> Trailer | None:
     """The trailer in the last page of a file of ``file_bytes``, or ``None``: the segment is not sealed.
 
-    Whatever is wrong with it, the answer is ``None``: records can always be scanned instead.
+    Whatever is wrong with it, the answer is ``None``: records can always be scanned instead. But a sound one of
+    another format raises ``ConfigError``: what it ends may be more than records.
     """
     if len(page) != PAGE_BYTES or page[:8] != TRAILER_MAGIC:
         return None
@@ -124,10 +127,10 @@ def decode_trailer(page: memoryview, identity: fmt.SegmentIdentity, file_bytes: 
     )
     trailer = Trailer(fmt.SegmentIdentity(writer, sequence), data_end, nbytes, records, bindings, tombstones, crc)
     rows = records * _RECORD_ROW.size + bindings * _BINDING_ROW.size + tombstones * _TOMBSTONE_ROW.size
+    if trailer.identity == identity and (version != fmt.FORMAT_VERSION or flags):
+        raise fmt.refusal(path, "trailer", version, flags)
     sound = (
-        version == fmt.FORMAT_VERSION
-        and not flags
-        and trailer.identity == identity
+        trailer.identity == identity
         and nbytes == rows <= FOOTER_BYTES_MAX
         and data_end >= PAGE_BYTES
         and data_end + page_padded(nbytes) + PAGE_BYTES == file_bytes

@@ -192,12 +192,17 @@ def decode_segment_header(page: memoryview, *, path: str) -> SegmentHeader | Non
         raise CorruptionError("no segment header", path=path, offset=0, expected=SEGMENT_MAGIC, found=magic)
     check_page(page, "segment header", path=path, offset=0)
     if version != FORMAT_VERSION or flags or header_bytes != PAGE_BYTES:
-        raise ConfigError(
-            f"{path} was written by format {version} (flags {flags:#x}), this version reads {FORMAT_VERSION} without "
-            "flags: open the root with the version of cascade_aio that wrote it"
-        )
+        raise refusal(path, "segment header", version, flags)
     name = digest.rstrip(b"\0").decode("ascii", "replace")
     return SegmentHeader(store, SegmentIdentity(writer, sequence), name, capacity, created)
+
+
+def refusal(path: str, what: str, version: int, flags: int) -> ConfigError:
+    """Why sound bytes of another format are not read: they may say what this version would take for damage."""
+    return ConfigError(
+        f"{path} was written by format {version} (flags {flags:#x} in its {what}), this version reads {FORMAT_VERSION} "
+        "without flags: open the root with the version of cascade_aio that wrote it"
+    )
 
 
 def seal_page(page: memoryview) -> None:
@@ -267,7 +272,7 @@ def decode_record(view: memoryview, identity: SegmentIdentity, *, path: str, off
     """The record header at the start of ``view`` (whole pages, at least the header), or ``None`` for a zero page.
 
     ``offset`` is where ``view`` starts in the file. Raises ``CorruptionError`` for anything that is
-    not a sound header of *this* place in *this* segment.
+    not a sound header of *this* place in *this* segment, and ``ConfigError`` for one of another format.
     """
     if len(view) < PAGE_BYTES:
         raise CorruptionError("file ends within a record", path=path, offset=offset)
@@ -278,6 +283,9 @@ def decode_record(view: memoryview, identity: SegmentIdentity, *, path: str, off
         raise CorruptionError("file ends within a record header", path=path, offset=offset)
     pages = view[: count * PAGE_BYTES]
     check_page(pages, "record header", path=path, offset=offset)
+    (version, flags, reserved), writer, sequence, own_offset = _origin(pages)
+    if (version, flags, reserved) != (FORMAT_VERSION, 0, 0) and (writer, sequence, own_offset) == (*identity, offset):
+        raise refusal(path, f"record at offset {offset}", version, flags or reserved)
     header, writer, sequence, problem = _unpack_record(pages)
     if header is None:
         raise CorruptionError(f"record header is unusable: {problem}", path=path, offset=offset)
@@ -287,6 +295,12 @@ def decode_record(view: memoryview, identity: SegmentIdentity, *, path: str, off
             "a record of another place", path=path, offset=offset, expected=f"{identity.name} at {offset}", found=found
         )
     return header
+
+
+def _origin(pages: memoryview) -> tuple[tuple[int, int, int], bytes, int, int]:
+    """(Version, flags, reserved), writer, sequence and own offset of a record: what later formats keep in place."""
+    fields = _RECORD.unpack_from(pages)
+    return (fields[1], fields[3], fields[-1]), fields[8], fields[9], fields[7]
 
 
 def _unpack_record(pages: memoryview) -> tuple[RecordHeader | None, bytes, int, str]:

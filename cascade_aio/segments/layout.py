@@ -107,6 +107,7 @@ class WriterClaim:
 
     async def _record(self, storage: Storage, sequence: int, closed_ns: int) -> None:
         description = {
+            "version": FORMAT_VERSION,
             "writer": self.writer.hex(),
             "host": self.host.name,
             "boot": self.host.boot,
@@ -378,6 +379,8 @@ async def _read_writer(storage: Storage, root: Root, writer: bytes) -> _Director
         return f"its {WRITER_FILE} is damaged"
     if description.get("writer") != writer.hex():
         return f"its {WRITER_FILE} is that of another directory"
+    if (version := description.get("version")) != FORMAT_VERSION:
+        return f"its {WRITER_FILE} is of format {version}, this version reads {FORMAT_VERSION}"
     return _Directory(writer, description)
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage, Urgency
 from cascade_aio.core.ranges import ReadRequest, Run, coalesce
-from cascade_aio.errors import BlockNotFoundError, ClosedError, CorruptionError
+from cascade_aio.errors import BlockNotFoundError, ClosedError, ConfigError, CorruptionError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.arrival import Arrival
 from cascade_aio.segments.facts import Location
@@ -276,7 +276,7 @@ def _is_note(read: RecordRead, entry: SegmentEntry) -> bool:
     offset = read.location.page * PAGE_BYTES
     try:
         header = fmt.decode_record(read.extent, entry.identity, path=entry.path, offset=offset)
-    except CorruptionError:
+    except (CorruptionError, ConfigError):
         return False
     return header is not None and header.kind == fmt.NOTE
 
@@ -289,6 +289,8 @@ def decode_expected(read: RecordRead, entry: SegmentEntry) -> fmt.RecordHeader |
     except CorruptionError as exc:
         exc.segment = entry.name
         return exc
+    except ConfigError as exc:  # another version has written here since the segment was recovered
+        return CorruptionError(str(exc), path=entry.path, segment=entry.name, offset=offset)
     found = header and (header.digest.hex(), header.key_bytes, header.value_bytes, header.header_pages)
     expected = (read.digest.hex(), read.key_bytes, read.value_bytes, read.location.header_pages)
     if header is None or found != expected or header.record_bytes != read.record_bytes:

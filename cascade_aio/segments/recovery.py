@@ -366,7 +366,7 @@ class SegmentRecovery:
             return None
         page = page_buffer(PAGE_BYTES)
         await read_pages(self._storage, file, page, size - PAGE_BYTES)
-        return decode_trailer(page, self._entry.identity, size)
+        return decode_trailer(page, self._entry.identity, size, path=self._entry.path)
 
     async def _footer_facts(self, file: File, trailer: Trailer) -> Iterator[Fact]:
         body = page_buffer(trailer.footer_bytes)[: page_padded(trailer.footer_bytes)]
