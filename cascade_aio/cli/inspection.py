@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import platform
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.markup import escape
@@ -14,6 +17,16 @@ from cascade_aio.cli.blocks import GET_ARENA_BYTES, LOOK_ARENA_BYTES, Positional
 from cascade_aio.cli.options import Json, Settings, open_private, store_command
 from cascade_aio.cli.output import err, out, print_json, run
 from cascade_aio.config import StoreConfig, format_size
+from cascade_aio.errors import CorruptionError
+from cascade_aio.store.verifying import VerifyReport
+
+_FINDINGS = {
+    "damage": "damaged",
+    "lost": "segments lost",
+    "unreadable": "unreadable",
+    "inconsistent": "inconsistent",
+}
+"""Parts of a report, and what they are called."""
 
 
 @store_command
@@ -52,36 +65,66 @@ def _show(name: str, entry: Any) -> str:
 
 @store_command
 def verify(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
-    """Read and check every block of a root; exit code 1 if any is damaged."""
+    """Read and check every block of a root, and what is said of them; exit code 1 if anything is wrong."""
     report = run(_verify_root(settings.reading(directory, GET_ARENA_BYTES)))
     if json:
         print_json(report)
     else:
-        for damage in report["damage"]:
-            err.print(f"[bold red]damaged:[/] {escape(damage['message'])}")
-        verdict = f"{len(report['damage'])} damaged" if report["damage"] else "all intact"
-        out.print(f"{report['blocks']} blocks, {format_size(report['bytes'])} read: {verdict}")
-    if report["damage"]:
+        print_findings(report)
+        verdict = ", ".join(f"{len(report[kind])} {word}" for kind, word in _FINDINGS.items() if report[kind])
+        out.print(f"{report['blocks']} blocks, {format_size(report['bytes'])} read: {verdict or 'all intact'}")
+    if any(report[kind] for kind in _FINDINGS):
         raise SystemExit(1)
 
 
+def print_findings(report: dict[str, Any]) -> None:
+    """One line on stderr for everything that ``verify`` found."""
+    for kind, word in _FINDINGS.items():
+        for finding in report[kind]:
+            err.print(f"[bold red]{word}:[/] {escape(finding['message'])}")
+
+
 async def _verify_root(config: StoreConfig) -> dict[str, Any]:
-    columns = ("verify", BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     async with open_private(config) as store:
-        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-            task = progress.add_task("verify", total=None)
-
-            def on_progress(done_bytes: int, total_bytes: int) -> None:
-                progress.update(task, completed=done_bytes, total=total_bytes)
-
+        with show_progress("verify") as on_progress:
             report = await store.verify(on_progress)
+    return plain_report(report)
+
+
+@contextlib.contextmanager
+def show_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, told of (bytes done, bytes in all)."""
+    columns = (name, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+
+        def on_progress(done_bytes: int, total_bytes: int) -> None:
+            progress.update(task, completed=done_bytes, total=total_bytes)
+
+        yield on_progress
+
+
+def plain_report(report: VerifyReport) -> dict[str, Any]:
+    """A report as JSON says it."""
+
+    def errors(some: Iterable[CorruptionError]) -> list[dict[str, Any]]:
+        return [
+            {"path": error.path, "segment": error.segment, "offset": error.offset, "message": str(error)}
+            for error in some
+        ]
+
+    lost = [
+        {**dataclasses.asdict(one), "message": f"{one.path}: {one.reason}; {one.blocks} blocks are lost"}
+        for one in report.lost
+    ]
+    inconsistent = [{"path": one.path, "message": f"{one.path}: {one.what}"} for one in report.inconsistent]
     return {
         "blocks": report.blocks,
         "bytes": report.bytes,
-        "damage": [
-            {"path": damage.path, "segment": damage.segment, "offset": damage.offset, "message": str(damage)}
-            for damage in report.damage
-        ],
+        "damage": errors(report.damage),
+        "unreadable": errors(report.unreadable),
+        "lost": lost,
+        "inconsistent": inconsistent,
     }
 
 

@@ -151,6 +151,8 @@ class StoreContext:
     closers: list[Callable[[], Awaitable[None]]] = dataclasses.field(default_factory=list)
     """What ``close_store`` runs after the background tasks have ended, first one first."""
     prefaulted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    store_id: bytes = b""
+    """Uuid of the root."""
     writer: bytes = b""
     """Id of the writer directory that this store appends to."""
     is_alone: Callable[[], Awaitable[bool]] = dataclasses.field(default=_unknown)

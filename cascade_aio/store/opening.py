@@ -182,7 +182,8 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     )
     reader = SegmentReader(storage, platform.engine, table)
     disk = DiskTier(platform, table, reader, writer, clock, backlog_bytes_max=backlog_bytes_max)
-    context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop), writer=claim.writer)
+    context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop))
+    context.store_id, context.writer = root.store, claim.writer
     await recover(context, root, None if config.read_only else claim)
     adopter = context.adopter = Adopter(context, root, host, platform.clock)
     undo.push_sync(adopter.release)

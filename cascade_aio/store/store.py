@@ -310,8 +310,10 @@ class Store:
     async def verify(self, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read every record of the root and check it; ``on_progress(bytes_done, bytes_total)``.
 
-        Reads in the background class, in bounded memory; damaged blocks are reported and
-        forgotten (written again where the arena has them), so that they can be put anew. May be cancelled.
+        Also footers, checkpoints and the index against the records, and that every segment file is there.
+        Reads in the background class, in bounded memory; damaged blocks are reported and forgotten
+        (written again where the arena has them), so that they can be put anew; what could not be read is
+        reported and kept. May be cancelled.
         """
         self._context.check()
         return await self._context.while_open(verify_root(self._context, on_progress))
