@@ -1,10 +1,12 @@
 """cascade_aio: a tiered KV-cache store for LLM inference.
 
-``async with cascade_aio.open_store(root) as store`` opens an embedded store; see ``Store``.
+``async with cascade_aio.open_store(root) as store`` opens an embedded store; see ``Store``. ``connect`` attaches
+to the store of a node service (``cascade-aio serve``), with the same interface.
 """
 
 from cascade_aio._version import __version__
 from cascade_aio.config import StoreConfig
+from cascade_aio.daemon import ServiceStore, connect
 from cascade_aio.errors import (
     BlockNotFoundError,
     BlockTooLargeError,
@@ -65,6 +67,7 @@ __all__ = [
     "PrefixKey",
     "PrefixLookup",
     "ProtocolError",
+    "ServiceStore",
     "ServiceUnavailableError",
     "Slot",
     "Store",
@@ -75,6 +78,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "compute_block_id",
+    "connect",
     "open_store",
     "prefix_keys",
 ]

@@ -267,9 +267,12 @@ class ServiceStore:
 
     # -- the rest -------------------------------------------------------------------------------
 
-    async def blocks(self) -> AsyncIterator[BlockInfo]:
+    def blocks(self) -> AsyncIterator[BlockInfo]:
         """All blocks that the service knows: ``async for info in store.blocks()``. Ids, not names."""
         self._connector.check()
+        return self._blocks()
+
+    async def _blocks(self) -> AsyncIterator[BlockInfo]:
         after = 0
         while True:
             _, reply = await self._connector.ask(

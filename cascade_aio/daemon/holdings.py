@@ -184,6 +184,10 @@ class Holdings:
             raise ProtocolError(f"reservation {number} is none of this connection")
         return reservation
 
+    def drop_reservation(self, number: int) -> None:
+        """Free it unused. Raises ``ProtocolError`` for one that is none of this connection."""
+        self.end_reservation(self.take_reservation(number), sealed=False)
+
     def end_reservation(self, reservation: Reservation, *, sealed: bool) -> None:
         """``sealed``: the extent is the catalog's now; else it is free again."""
         if not sealed:
@@ -227,4 +231,4 @@ class Holdings:
         for number in list(self._blocks):
             self.release(number)
         for number in list(self._reservations):
-            self.end_reservation(self.take_reservation(number), sealed=False)
+            self.drop_reservation(number)

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cascade_aio.config import arena_name
+from cascade_aio.daemon.lag import Histogram
 from cascade_aio.daemon.settings import ServiceConfig
 from cascade_aio.errors import CascadeError
 from cascade_aio.model import PrefixKey
@@ -62,6 +63,8 @@ class Node:
         self.store = store
         self.config = config
         self.counters = ServiceCounters()
+        self.lag = Histogram()
+        """Lateness of the loop, where somebody measures it."""
         self.generation = secrets.token_hex(8)
         self.started_at = time.time()
         self.on_statistics: Callable[[], dict[str, Any]] = dict
@@ -76,6 +79,7 @@ class Node:
         self._announced: list[tuple[float, int, asyncio.Future[None]]] = []
         self._announcements = itertools.count()
         self._promoting = 0
+        self._latency: dict[str, Histogram] = {}
         self._putting: dict[PrefixKey, asyncio.Future[None]] = {}
 
     @property
@@ -194,6 +198,19 @@ class Node:
                 self._promoting += 1
                 turn.set_result(None)
 
+    # -- latency ---------------------------------------------------------------------------------
+
+    def observe(self, request: str, seconds: float) -> None:
+        """A request of this kind took so long in the service."""
+        histogram = self._latency.get(request)
+        if histogram is None:
+            histogram = self._latency[request] = Histogram()
+        histogram.observe(seconds)
+
+    def latency_counts(self) -> dict[str, dict[str, Any]]:
+        """Histogram by kind of request."""
+        return {request: histogram.snapshot() for request, histogram in sorted(self._latency.items())}
+
     # -- facts ----------------------------------------------------------------------------------
 
     def list_blocks(self, after: int, count: int) -> tuple[list[BlockInfo], int]:
@@ -214,6 +231,7 @@ class Node:
                 "pid": os.getpid(),
                 "uptime_seconds": time.time() - self.started_at,
                 "putting_prefixes": len(self._putting),
+                "loop_lag_p99_seconds": self.lag.quantile(0.99),
                 "announced": len(self._announced) + self._promoting,
                 **dataclasses.asdict(self.counters),
                 **self.on_statistics(),

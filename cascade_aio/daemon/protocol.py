@@ -326,9 +326,10 @@ Reply = Leased | Reserved | Sealed | Answer | Failed | Progress | Goodbye
 
 def _plain(value: Any) -> Any:
     """``BlockId``, ``PrefixKey`` and the like are bytes and texts on the wire."""
-    for kind in (bytes, str, int):
-        if isinstance(value, kind):
-            return kind(value)
+    if isinstance(value, bytes):
+        return bytes(value)
+    if isinstance(value, str):
+        return str(value)
     raise TypeError(f"a {type(value).__name__} has no place in a message")
 
 

@@ -83,6 +83,11 @@ class Requests:
         """The answer, or the coroutine that gives it."""
         return self._handlers[type(request)](request)
 
+    def never_began(self, request: p.Request) -> None:
+        """The coroutine of ``request`` was cancelled before its first step: give back what it would have taken."""
+        if isinstance(request, p.Seal) and not self.gone:
+            self._holdings.drop_reservation(request.reservation)
+
     # -- reads ----------------------------------------------------------------------------------
 
     def _get(self, request: p.Get) -> Handled:

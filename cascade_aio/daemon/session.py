@@ -168,6 +168,7 @@ class Session(asyncio.Protocol):
             raise ProtocolError(f"request {message.request} came after request {self._newest}")
         self._newest = message.request
         self._node.counters.requests += 1
+        began_s = self._loop.time()
         try:
             handled = self.requests.handle(message)
         except ProtocolError:
@@ -176,15 +177,16 @@ class Session(asyncio.Protocol):
             self._fail(message.request, error)
             return
         if isinstance(handled, Coroutine):
-            task = self._loop.create_task(self._perform(message.request, handled))
+            task = self._loop.create_task(self._perform(message, handled, began_s))
             self._running[message.request] = task
-            task.add_done_callback(lambda _: self._done(message.request))
+            task.add_done_callback(lambda task: self._done(message, handled, task))
         else:
             self.send(handled)
+            self._node.observe(type(message).__name__, self._loop.time() - began_s)
 
     def _note(self, note: p.Abort | p.Cancel | p.CloseStream | p.Settled | p.Report) -> None:
         if isinstance(note, p.Abort):
-            self.holdings.end_reservation(self.holdings.take_reservation(note.reservation), sealed=False)
+            self.holdings.drop_reservation(note.reservation)
         elif isinstance(note, p.Cancel):
             if note.request > self._newest:
                 raise ProtocolError(f"request {note.request} was never made")
@@ -202,15 +204,16 @@ class Session(asyncio.Protocol):
             self._node.counters.shared_hits += note.hits
             self._node.counters.shared_misses += note.misses
 
-    async def _perform(self, request: int, work: Coroutine[Any, Any, p.Reply]) -> None:
+    async def _perform(self, message: p.Request, work: Coroutine[Any, Any, p.Reply], began_s: float) -> None:
         try:
             reply = await work
         except ProtocolError as error:
             self.refuse(error)
         except (asyncio.CancelledError, Exception) as error:
-            self._fail(request, error)
+            self._fail(message.request, error)
         else:
             self.send(reply)
+            self._node.observe(type(message).__name__, self._loop.time() - began_s)
 
     def _fail(self, request: int, error: BaseException) -> None:
         self._node.counters.failed_requests += 1
@@ -219,9 +222,16 @@ class Session(asyncio.Protocol):
             self._node.note_error(f"{self}: {error!r}")
         self.send(to_failed(request, error))
 
-    def _done(self, request: int) -> None:
+    def _done(self, message: p.Request, work: Coroutine[Any, Any, p.Reply], task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # before its first step: ``_perform`` has answered otherwise
+            work.close()
+            try:
+                self.requests.never_began(message)
+            except ProtocolError as error:
+                self.refuse(error)
+            self._fail(message.request, asyncio.CancelledError())
         was_busy = self._busy
-        del self._running[request]
+        del self._running[message.request]
         if was_busy and not self._busy:
             self._pump_soon()
 
