@@ -1,0 +1,299 @@
+"""``CascadeTier``: this store as a secondary tier of vLLM's tiering offload (interface of vLLM 0.32).
+
+    --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+      "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 4294967296,
+        "secondary_tiers": [{"type": "CascadeTier", "module_path": "cascade_aio.integrations.vllm",
+                             "root": "/scratch/kv", "shm_bytes": "8GiB"}]}}'
+
+The tier lives in vLLM's scheduler process and is driven by its polls (``_polled``): no thread of ours, lookups
+without I/O. Rows of vLLM's primary region are stored as values, named by prefix keys made from vLLM's block hash in
+a namespace of everything known to change KV bytes. Every row is verified before it is handed over; a failed or
+damaged load is reported for its keys and is a miss from then on, so vLLM recomputes instead of asking again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+
+from cascade_aio.config import StoreConfig
+from cascade_aio.errors import CascadeError, ConfigError
+from cascade_aio.integrations._polled import PolledStore, Submitted
+from cascade_aio.model import BlockMeta, Namespace, PrefixKey, prefix_root
+
+try:
+    import vllm
+    from vllm.logger import init_logger
+    from vllm.v1.kv_offload.base import (
+        LookupResult,
+        Medium,
+        OffloadingEvent,
+        OffloadKey,
+        ReqContext,
+        RequestOffloadingContext,
+    )
+    from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+except ImportError as error:
+    raise ImportError(
+        f"cascade_aio.integrations.vllm needs vLLM 0.32 with tiered offloading ({error}); see examples/vllm/README.md"
+    ) from error
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import OffloadingSpec
+    from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
+
+logger = init_logger("vllm.cascade_aio")
+
+LAYOUT = "vllm/row/1"
+"""Name and version of what a value holds: one row (chunk) of the primary region as vLLM lays it out."""
+
+STORES_AT_ONCE = 8
+"""Rows being stored at a time: loads, which requests wait for, always find room in the queues."""
+
+FAILED_SECONDS = 60.0
+"""A key whose load failed is a miss for so long, or until it is stored anew: vLLM asks again at once."""
+
+FLUSH_SECONDS = 1.0
+"""At most so long after it was stored is a row durable, as long as the engine polls."""
+
+MODEL_SAMPLE_BYTES = 1 << 20
+"""Bytes at the head and at the tail of each weight file that name a model directory."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Job:
+    """A transfer vLLM waits for: one coroutine for each of its keys."""
+
+    job_id: int
+    loading: bool
+    keys: list[OffloadKey]
+    parts: list[Submitted[None]]
+    begun_s: float
+
+    @property
+    def done(self) -> bool:
+        return all(part.done for part in self.parts)
+
+
+class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
+    """See the module's docstring. All calls come from the scheduler's thread; none but ``drain_jobs`` and
+    ``shutdown`` blocks."""
+
+    medium: ClassVar[Medium] = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: OffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        root: str,
+        revision: str = "",
+        salt: str = "",
+        enable_kv_events: bool = False,
+        backpressure_detector: BackpressureDetector | None = None,
+        **settings: Any,
+    ) -> None:
+        """``root``: the store's directory. ``revision`` names the model's revision where the model is no local
+        directory; ``salt`` separates tenants. ``settings`` are those of ``open_store``.
+
+        Raises ``ConfigError`` for a setting that is unknown or wrong, and what ``open_store`` raises.
+        """
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        known = {field.name for field in dataclasses.fields(StoreConfig)}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(
+                    f"{name!r} is no setting of CascadeTier; settings are root, revision, salt and {known}"
+                )
+        rows = primary_kv_view if primary_kv_view.contiguous else None
+        if rows is None:
+            raise ConfigError("the primary region is not contiguous; CascadeTier stores whole rows of it")
+        self._rows = rows.cast("B")
+        self._row_bytes: int = self.block_size_bytes
+        self._name_root = prefix_root(_namespace_of(offloading_spec, revision, salt))
+        self._jobs: dict[int, _Job] = {}
+        self._failed_until_s: dict[OffloadKey, float] = {}
+        self._events: list[OffloadingEvent] | None = [] if enable_kv_events else None
+        self._meta = BlockMeta(layout=LAYOUT)
+        self._flushing: Submitted[None] | None = None
+        self._flush_at_s: float | None = None
+        self._polled = PolledStore(root, **settings)
+        self._gate = asyncio.Semaphore(STORES_AT_ONCE)
+
+    # -- lookups
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        """In memory only: microseconds."""
+        until_s = self._failed_until_s.get(key)
+        if until_s is not None:
+            if time.monotonic() < until_s:
+                return LookupResult.MISS
+            del self._failed_until_s[key]
+        name = self._name(key)
+        return LookupResult.HIT if self._polled.call(lambda store: name in store) else LookupResult.MISS
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def _name(self, key: OffloadKey) -> PrefixKey:
+        return PrefixKey(hashlib.sha256(self._name_root + key).digest())
+
+    # -- transfers
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        keys = list(job_metadata.keys)
+        names = [self._name(key) for key in keys]
+        places = [job_metadata.req_context.get_offload_key_position(key) for key in keys]
+        ordered = all(a is not None and b is not None and a < b for a, b in itertools.pairwise(places))
+        parents = [None, *names[:-1]] if ordered else [None] * len(names)
+        rows = self._rows_of(job_metadata)
+        for key in keys:
+            self._failed_until_s.pop(key, None)
+        self._begin(
+            job_metadata.job_id,
+            keys,
+            [self._store(name, parent, row) for name, parent, row in zip(names, parents, rows, strict=True)],
+            loading=False,
+        )
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        keys = list(job_metadata.keys)
+        rows = self._rows_of(job_metadata)
+        self._begin(
+            job_metadata.job_id,
+            keys,
+            [self._load(self._name(key), row) for key, row in zip(keys, rows, strict=True)],
+            loading=True,
+        )
+
+    def _rows_of(self, job: TransferJob) -> list[memoryview]:
+        size = self._row_bytes
+        return [self._rows[int(row) * size : (int(row) + 1) * size] for row in job.chunk_ids]
+
+    def _begin(self, job_id: int, keys: list[OffloadKey], coroutines: list[Any], *, loading: bool) -> None:
+        parts = [self._polled.submit(coroutine) for coroutine in coroutines]
+        self._jobs[job_id] = _Job(job_id, loading, keys, parts, time.monotonic())
+        self._polled.poll()  # requests leave for the kernel now, not at the next poll
+
+    async def _store(self, name: PrefixKey, parent: PrefixKey | None, row: memoryview) -> None:
+        async with self._gate:
+            await self._polled.store.put(b"", row, prefix=name, parent=parent, meta=self._meta)
+        if self._flush_at_s is None:
+            self._flush_at_s = time.monotonic() + FLUSH_SECONDS
+
+    async def _load(self, name: PrefixKey, row: memoryview) -> None:
+        await self._polled.store.read_into(name, bytearray(), row)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        self._polled.poll()
+        self._flush_when_due()
+        finished = [job for job in self._jobs.values() if job.done]
+        return [self._result_of(self._jobs.pop(job.job_id)) for job in finished]
+
+    def _result_of(self, job: _Job) -> JobResult:
+        good = [key for key, part in zip(job.keys, job.parts, strict=True) if part.error is None]
+        for key, part in zip(job.keys, job.parts, strict=True):
+            if part.error is not None:
+                self._note_failure(job, key, part.error)
+        if not job.loading and good and self._events is not None:
+            self._events.append(OffloadingEvent(keys=good, medium=self.medium, removed=False))
+        return JobResult(
+            job_id=job.job_id,
+            success=len(good) == len(job.keys),
+            successful_keys=good if job.loading and len(good) < len(job.keys) else None,
+            transfer_time=time.monotonic() - job.begun_s,
+            transfer_bytes=len(good) * self._row_bytes,
+        )
+
+    def _note_failure(self, job: _Job, key: OffloadKey, error: BaseException) -> None:
+        if not isinstance(error, CascadeError | OSError | asyncio.CancelledError):
+            raise error
+        if job.loading:
+            self._failed_until_s[key] = time.monotonic() + FAILED_SECONDS
+        logger.warning("cascade_aio could not %s a block: %s", "load" if job.loading else "store", error)
+
+    # -- durability and the end
+
+    def _flush_when_due(self) -> None:
+        if self._flushing is not None:
+            if not self._flushing.done:
+                return
+            if self._flushing.error is not None:
+                logger.warning("cascade_aio could not make blocks durable: %s", self._flushing.error)
+            self._flushing = None
+        if self._flush_at_s is not None and time.monotonic() >= self._flush_at_s:
+            self._flush_at_s = None
+            self._flushing = self._polled.submit(self._polled.store.flush())
+
+    def has_pending_work(self) -> bool:
+        return bool(self._jobs) or self._flushing is not None or self._flush_at_s is not None
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        events, self._events = self._events, [] if self._events is not None else None
+        return events or ()
+
+    def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
+        """Hits of faster tiers are not uses of ours: what vLLM holds itself may leave the store first."""
+
+    def drain_jobs(self) -> None:
+        self._polled.drain()
+
+    def shutdown(self) -> None:
+        """Finish transfers, flush and close. Blocks. Lets go of vLLM's region, which can then be unmapped."""
+        self._polled.close()
+        self._rows.release()
+
+
+def _namespace_of(spec: OffloadingSpec, revision: str, salt: str) -> Namespace:
+    """Everything that vLLM tells its tiers and that changes the bytes of a row."""
+    config = spec.config
+    parallel = config.parallel
+    described = {
+        "cache": dataclasses.asdict(config.cache),
+        "groups": [dataclasses.asdict(group) for group in config.groups],
+        "worker_kv_bytes_per_block": config.worker_kv_bytes_per_block,
+        "replicated_layout": config.replicated_layout,
+        "canonical_layout": config.canonical_layout,
+        "kv_cache_layout": config.kv_cache_layout,
+    }
+    ranks = (
+        parallel.rank,
+        parallel.world_size,
+        parallel.tp_size,
+        parallel.pp_size,
+        parallel.pcp_size,
+        parallel.dcp_size,
+    )
+    fingerprint = _directory_fingerprint(config.model.name)
+    return Namespace(
+        model=fingerprint or config.model.name,  # a directory's path says nothing of what is in it
+        revision=f"{revision}:vllm {vllm.__version__}",
+        dtype=str(config.model.dtype),
+        layout=f"{LAYOUT}:{hashlib.sha256(msgspec.json.encode(described, order='sorted')).hexdigest()}",
+        rank=":".join(map(str, ranks)),
+        salt=salt,
+    )
+
+
+def _directory_fingerprint(model: str) -> str:
+    """Of a model in a local directory: its configuration and the head and tail of each weight file; else empty."""
+    directory = Path(model)
+    if not directory.is_dir():
+        return ""
+    hasher = hashlib.sha256()
+    for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        size = path.stat().st_size
+        hasher.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            hasher.update(file.read(MODEL_SAMPLE_BYTES))
+            file.seek(max(0, size - MODEL_SAMPLE_BYTES))
+            hasher.update(file.read(MODEL_SAMPLE_BYTES))
+    return hasher.hexdigest()
