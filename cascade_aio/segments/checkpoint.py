@@ -197,7 +197,7 @@ def _decode_directory(raw: memoryview) -> tuple[_Directory, int]:
         raise _DamageError("checksum of the directory is wrong")
     try:
         return msgspec.json.decode(body, type=_Directory), _HEADER.size + nbytes
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise _DamageError(f"its directory is damaged: {exc}") from exc
 
 

@@ -53,7 +53,7 @@ def decode_meta(raw: bytes) -> BlockMeta:
     """What ``encode_meta`` was given. Raises ``ConfigError`` for bytes that it never made."""
     try:
         return _meta_decoder.decode(raw)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConfigError(f"meta of {len(raw)} bytes is no BlockMeta: {error}") from None
 
 
