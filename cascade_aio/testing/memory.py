@@ -330,12 +330,19 @@ class MemoryFile:
 
 class MemoryLock:
     def __init__(self, disk: MemoryDisk, path: str) -> None:
-        self._disk = disk
-        self._path = path
+        self._disk: MemoryDisk | None = disk
+        self.path = path
         disk.locked.add(path)
 
+    @property
+    def held(self) -> bool:
+        return self._disk is not None
+
     def release(self) -> None:
-        self._disk.locked.discard(self._path)
+        """Repeated calls do nothing: another process may hold it by then."""
+        disk, self._disk = self._disk, None
+        if disk is not None:
+            disk.locked.discard(self.path)
 
 
 class MemoryStorage:
@@ -628,6 +635,9 @@ class MemoryEngine:
         return tuple(
             crc32c.crc32c(payload[start : start + chunk_bytes]) for start in range(0, len(payload), chunk_bytes)
         )
+
+    async def checksums(self, payloads: Sequence[memoryview], chunk_bytes: int) -> list[tuple[int, ...]]:
+        return [await self.checksum(payload, chunk_bytes) for payload in payloads]
 
     async def copy(self, pairs: Sequence[tuple[memoryview, memoryview]]) -> None:
         await asyncio.sleep(0)

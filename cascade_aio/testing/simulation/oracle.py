@@ -1,0 +1,290 @@
+"""What must be true of every block and name, from the history of puts, deletions, flushes, deaths and looks.
+
+Pure: it is told what was called and what came of it, in order, and says what a store must and must not give. Time
+is the number of an event. A *life* is one open store, from its opening to its end. It *looks* when it opens and when
+it refreshes; a look with a failed read in it, or beside another writer's removals, proves nothing and counts for
+nothing. An event is *durable* once a later flush of its life came back, or a clean close. It is *decided* once it is
+durable, or its life has ended: what that has left by then is all there will ever be. A life *knows* its own events,
+and those that were durable before its last look began; of those decided by then it knows whether they are there.
+
+A block **must** be there for a life that knows a put of it, unless some deletion may cover that put; it **must not**
+be there if every put of it that may have stored something is covered for certain by a deletion that the life knows,
+or cannot have reached the life. A deletion *may cover* a put unless the put's life knew what became of it; it covers it
+*for certain* if the put had ended before, and in the same life, or known to it, or with clocks that agree.
+
+What is exempt, and why:
+
+* A put that was under way when its life died, and one that found its name bound to another block, may have stored
+  something or not: nobody was promised anything. A put that raised or was cancelled has stored nothing: exact.
+* Deletions of other lives that a put's life did not know: a put that finds the block there writes nothing, so the
+  deletion may take it along. Nobody can know better without asking all other writers.
+* With clocks that disagree, a deletion covers what its life knew, and perhaps more: stamps decide.
+* A disk budget evicts: a block may be missing as often as the stores say that they evicted one
+  (``evicted_blocks``), not once more. What was evicted may come back after a crash: its record is removed later.
+* What the medium damaged (``Injury``) may be missing, or raise, or (a damaged deletion) come back; then the damage
+  must have been reported with path and offset in that record, except where nothing on disk tells damage from a write
+  that a crash cut short (FORMAT.md, Recovery 3: behind the last sync that a later header speaks of).
+* Another writer that removed segments since our last look: what was moved is a miss until the next look, because
+  nothing tells a reader (FORMAT.md, Who may write what).
+* A name put under several blocks resolves to one of them: first writer wins, by stamps that clients do not see.
+  After a deletion of any of them it may resolve to nothing: rivals that lost are not remembered.
+* Errors are allowed where their cause was injected: see ``actors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+
+class BrokenPromise(AssertionError):
+    """The store did what it promised never to do. ``promise`` is the number in the issue (1 to 5)."""
+
+    def __init__(self, promise: int, message: str) -> None:
+        super().__init__(f"promise {promise}: {message}")
+        self.promise = promise
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Life:
+    """One open store, as far as the oracle knows it. Times are event numbers; 0: not yet."""
+
+    number: int
+    slot: int
+    budget: bool
+    opened: int = 0
+    ended: int = 0
+    heard: int = 0
+    """When the last look that counts began."""
+    looked: int = 0
+    """When the last look of any kind ended."""
+    looking: int = 0
+    """Looks under way."""
+    removals: int = 0
+    """Removals by other lives so far."""
+    removals_heard: int = 0
+    """How many of them the last look that counts has taken in."""
+
+    @property
+    def shaken(self) -> bool:
+        """Others removed segments of which it has not heard."""
+        return self.removals != self.removals_heard
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Event:
+    life: Life
+    block: int
+    began: int
+    heard: int
+    ended: int = 0
+    durable: int = 0
+    void: bool = False
+
+    @property
+    def decided(self) -> int:
+        """Since when whoever looks knows whether it is there; 0 for not yet."""
+        return self.durable or self.life.ended
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Put(_Event):
+    """``stored``: ``None`` for perhaps. ``firm`` until the block was evicted or damaged: then it need not be there."""
+
+    name: int | None = None
+    stored: bool | None = None
+    firm: bool = True
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Delete(_Event):
+    """``sound`` until the medium damaged it."""
+
+    sound: bool = True
+
+
+class Oracle:
+    """See the module's docstring."""
+
+    def __init__(self, *, skewed: bool) -> None:
+        self._skewed = skewed
+        self._time = 0
+        self.lives: list[Life] = []
+        self.puts: dict[int, list[Put]] = {}
+        self.deletes: dict[int, list[Delete]] = {}
+        self._open_ended: dict[Life, list[_Event]] = {}
+        self.evictions_seen = 0
+
+    def now(self) -> int:
+        """The next event's number."""
+        self._time += 1
+        return self._time
+
+    # -- lives ---------------------------------------------------------------------------------
+
+    def born(self, slot: int, *, budget: bool) -> Life:
+        """A store is about to be opened."""
+        life = Life(len(self.lives), slot, budget)
+        self.lives.append(life)
+        self._open_ended[life] = []
+        return life
+
+    def look_begins(self, life: Life) -> tuple[int, int]:
+        """A token for ``look_ends``."""
+        life.looking += 1
+        return self.now(), life.removals
+
+    def look_ends(self, life: Life, token: tuple[int, int], *, counts: bool) -> bool:
+        """``counts``: it ended well and no read failed in it. Whether it counts after all."""
+        began, removals = token
+        life.looking -= 1
+        life.looked = self.now()
+        counts = counts and life.removals == removals
+        if counts and began > life.heard:
+            life.heard, life.removals_heard = began, removals
+        return counts
+
+    def removed_segments(self, by: Life) -> None:
+        """``by`` removed segment files just now, or may have."""
+        for life in self.lives:
+            if life is not by and not life.ended:
+                life.removals += 1
+
+    def died(self, life: Life) -> None:
+        """Killed, or its node; also after a close that failed. What was under way stays open for ever."""
+        life.ended = self.now()
+        for event in self._open_ended[life]:
+            event.ended = event.ended or life.ended
+        self._open_ended[life].clear()
+
+    # -- events --------------------------------------------------------------------------------
+
+    def put_begins(self, life: Life, block: int, name: int | None) -> Put:
+        put = Put(life, block, self.now(), life.heard, name=name)
+        self.puts.setdefault(block, []).append(put)
+        self._open_ended[life].append(put)
+        return put
+
+    def put_ends(self, put: Put, *, stored: bool | None) -> None:
+        """``stored``: ``False`` if it raised, ``None`` if it came back with another block's id."""
+        if not put.ended:
+            put.ended = self.now()
+        put.stored = stored
+        if stored is False:
+            put.void = True
+
+    def deleted(self, life: Life, block: int) -> None:
+        """``delete`` came back."""
+        now = self.now()
+        event = Delete(life, block, now, life.heard, ended=now)
+        self.deletes.setdefault(block, []).append(event)
+        self._open_ended[life].append(event)
+
+    def flushed(self, life: Life, began: int) -> None:
+        """A flush that began then came back: everything that had ended by then is durable."""
+        now = self.now()
+        still: list[_Event] = []
+        for event in self._open_ended[life]:
+            if event.ended and event.ended <= began:
+                if not event.void:
+                    event.durable = now
+            else:
+                still.append(event)
+        self._open_ended[life] = still
+
+    # -- what must be ----------------------------------------------------------------------------
+
+    def _knows(self, life: Life, event: _Event) -> bool:
+        if event.life is life:
+            return bool(event.ended)
+        return bool(event.durable) and event.durable < life.heard
+
+    def _may_know(self, life: Life, event: _Event) -> bool:
+        return event.life is life or life.looking > 0 or event.began < life.looked
+
+    def _is_newer(self, put: Put, delete: Delete) -> bool:
+        """The put's life knew of the deletion: its record cannot be covered."""
+        if delete.life is put.life:
+            return delete.began < put.began
+        return bool(delete.decided) and delete.decided < put.heard
+
+    def _covers(self, delete: Delete, put: Put) -> bool:
+        """The deletion takes what the put stored, for certain."""
+        if not put.ended or put.ended >= delete.began:
+            return False
+        if put.life is delete.life or not self._skewed:
+            return True
+        return bool(put.decided) and put.decided < delete.heard
+
+    def _safe(self, life: Life, put: Put) -> bool:
+        return not any(
+            not delete.void and self._may_know(life, delete) and not self._is_newer(put, delete)
+            for delete in self.deletes.get(put.block, ())
+        )
+
+    def must_see(self, life: Life, block: int, name: int | None = None) -> bool:
+        """Whether ``life`` has to find the block (by that name of it)."""
+        return any(
+            put.stored is True
+            and put.firm
+            and not put.void
+            and (name is None or put.name == name)
+            and self._knows(life, put)
+            and self._safe(life, put)
+            for put in self.puts.get(block, ())
+        )
+
+    def must_not_see(self, life: Life, block: int, name: int | None = None) -> bool:
+        """Whether ``life`` cannot find the block (by that name of it)."""
+        return all(
+            put.void
+            or (name is not None and put.name != name)
+            or not self._may_know(life, put)
+            or any(
+                not delete.void and delete.sound and self._knows(life, delete) and self._covers(delete, put)
+                for delete in self.deletes.get(block, ())
+            )
+            for put in self.puts.get(block, ())
+        )
+
+    def candidates(self, name: int) -> set[int]:
+        """Blocks that a shared name may name."""
+        return {block for block, puts in self.puts.items() if any(put.name == name and not put.void for put in puts)}
+
+    def must_resolve(self, life: Life, name: int) -> bool:
+        """Whether a shared name has to name something: none of its blocks was ever deleted."""
+        candidates = self.candidates(name)
+        if any(self.deletes.get(block) for block in candidates):
+            return False
+        return any(self.must_see(life, block, name) for block in candidates)
+
+    # -- what ends promises ------------------------------------------------------------------------
+
+    def give_up(self, block: int) -> None:
+        """The block was evicted, or the medium damaged it: what was put so far need not be there any more."""
+        for put in self.puts.get(block, ()):
+            put.firm = False
+
+    def doubt_deletions(self, blocks: Iterable[int]) -> None:
+        """The medium damaged what told of deletions of these blocks."""
+        for block in blocks:
+            for delete in self.deletes.get(block, ()):
+                delete.sound = False
+
+    def settle(self, life: Life, present: set[int]) -> None:
+        """All other lives have ended, and ``life`` has looked at everything: what it has found is durable now,
+        and what it has not found never comes back. For one process per root: it adopts what it finds."""
+        for block, puts in self.puts.items():
+            deletes = self.deletes.get(block, [])
+            if block not in present:
+                for put in puts:  # with a budget it may have been evicted, and its record still be there
+                    put.void = put.void or (put.life is not life and put.firm and not life.budget)
+                continue
+            others = [put for put in puts if not put.void and put.life is not life]
+            for delete in deletes:
+                if not delete.durable and all(self._covers(delete, put) for put in others):
+                    delete.void = True  # had it survived, the block would not be there
+            now = self.now()
+            found = Put(life, block, now, now, ended=now, durable=now, stored=True)
+            found.firm = any(put.firm for put in puts)
+            puts.append(found)

@@ -1,0 +1,426 @@
+"""The simulated world: machines, processes with a store each, one disk, and everything that befalls them.
+
+``Process`` is a place for a store: the store in it is opened, closed, killed and opened again; each opening is a
+``Life`` of the oracle. ``Process`` is also what decides about its requests (``Medium``, ``Calls``): weather comes
+and goes, damage happens once and stays. All randomness is the world's own generator, drawn in the order of events.
+
+Must not know: what a client does, or which promises there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextvars
+import dataclasses
+import errno
+import hashlib
+import random
+import re
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from cascade_aio.abc.storage import PAGE_BYTES, Platform
+from cascade_aio.config import make_config
+from cascade_aio.errors import CascadeError
+from cascade_aio.io.engine import EngineLimits
+from cascade_aio.io.transfer import Kind
+from cascade_aio.segments.hosts import Host
+from cascade_aio.store.opening import open_with
+from cascade_aio.store.store import Store
+from cascade_aio.testing.memory import MemoryDisk, MemoryEngine, MemoryFile
+from cascade_aio.testing.simulation.device import Treatment
+from cascade_aio.testing.simulation.loop import OWNER, end_tasks
+from cascade_aio.testing.simulation.media import Injuries
+from cascade_aio.testing.simulation.oracle import BrokenPromise, Life, Oracle
+from cascade_aio.testing.simulation.plan import WEATHER, Plan
+from cascade_aio.testing.simulation.storage import SimulatedStorage
+from cascade_aio.tiers.arena import PrivateArena
+
+ROOT = "/kv"
+
+HOST: contextvars.ContextVar[Host | None] = contextvars.ContextVar("simulated-host", default=None)
+"""Where code runs; see ``Host``."""
+
+LATENCIES_S = (0.0001, 0.0003, 0.001, 0.004)
+"""Of a request in fine weather."""
+SLOW_S_MAX = 2.0
+STUCK_S = (20.0, 90.0)
+CALL_LATENCIES_S = (0.0, 0.0, 0.0, 0.0005)
+OPEN_ATTEMPTS_MAX = 40
+"""A store that could not be opened is tried again every second; weather does not last that long."""
+
+WALL_NS = 1_700_000_000_000_000_000
+_DAMAGE = re.compile(r" in (\S+?)(?: at offset (\d+))?(?: \(|$|:)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """Damage that a store has reported."""
+
+    path: str
+    offset: int | None
+    text: str
+    torn: bool = False
+
+
+class Clock:
+    """A machine's time: never twice the same, ``offset_s`` away from the world's."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.offset_s = 0.0
+
+    def wall_ns(self) -> int:
+        return self._world.wall_ns() + int(self.offset_s * 1e9)
+
+    def monotonic_s(self) -> float:
+        return self._world.loop.time()
+
+
+class Process:
+    """A place for a store. See the module's docstring."""
+
+    def __init__(self, world: World, slot: int, machine: int) -> None:
+        self.world = world
+        self.slot = slot
+        self.machine = machine
+        self.clock = Clock(world)
+        self.life: Life | None = None
+        self.store: Store | None = None
+        self.storage: SimulatedStorage | None = None
+        self.opening = False
+        self.closing = False
+        self.weather: dict[str, float] = {}
+        self.last_fault_s: dict[str, float] = {}
+        self.next_lie = ""
+        self.held: list[Any] = []
+        self.operations: dict[asyncio.Task[Any], None] = {}
+        self.pins = 0
+        """Leases that clients of it hold or are about to get."""
+        self.read_faults = 0
+        self.write_faults = 0
+
+    # -- what happens to its requests
+
+    def treat(self, kind: Kind, file: MemoryFile, offset: int, nbytes: int) -> Treatment:
+        rng, weather = self.world.rng, self.weather
+        treatment = Treatment(rng.choice(LATENCIES_S))
+        bad = self.world.bad_pages.get(file.path)
+        if bad is not None and kind is not Kind.SYNC:
+            pages = range(offset // PAGE_BYTES, -(-(offset + nbytes) // PAGE_BYTES))
+            if kind is Kind.WRITE:
+                bad.difference_update(pages)
+            elif not bad.isdisjoint(pages):
+                treatment.code = self._fault("bad-sector", errno.EIO)
+                return treatment
+        if weather:
+            self._under_weather(kind, nbytes, treatment)
+        if self.next_lie and kind is Kind.WRITE and file.path.endswith(".seg") and not treatment.code and offset:
+            if self.next_lie == "lost":
+                treatment.lost = True
+            else:
+                treatment.misdirected_to = rng.randrange(1, max(2, file.inode.size // PAGE_BYTES)) * PAGE_BYTES
+            self._fault(self.next_lie, 0)
+            self.next_lie = ""
+        return treatment
+
+    def _under_weather(self, kind: Kind, nbytes: int, treatment: Treatment) -> None:
+        rng = self.world.rng
+        if self._raining("slow"):
+            self._fault("slow", 0)
+            treatment.delay_s = rng.random() * SLOW_S_MAX
+        if self._raining("stuck"):
+            self._fault("stuck", 0)
+            treatment.delay_s = rng.uniform(*STUCK_S)
+            treatment.stubborn = True
+        if kind is Kind.SYNC:
+            if self._raining("eio-sync"):
+                treatment.code = self._fault("eio-sync", errno.EIO)
+            return
+        if self._raining("short") and nbytes > PAGE_BYTES:
+            self._fault("short", 0)
+            treatment.move_bytes = rng.randrange(1, nbytes // PAGE_BYTES) * PAGE_BYTES
+        if self._raining("again"):
+            treatment.code = self._fault("again", rng.choice((errno.EAGAIN, errno.EINTR)))
+        if kind is Kind.READ and self._raining("eio-read"):
+            treatment.code = self._fault("eio-read", errno.EIO)
+        if kind is Kind.WRITE and self._raining("eio-write"):
+            treatment.code = self._fault("eio-write", errno.EIO)
+
+    def treat_call(self, name: str, path: str) -> tuple[float, int]:
+        code = 0
+        if self.weather and name != "step" and self._raining("eio-call"):
+            code = self._fault("eio-call", errno.EIO)
+        return self.world.rng.choice(CALL_LATENCIES_S), code
+
+    def hurt(self, path: str, what: str, offset: int, nbytes: int) -> None:
+        self.world.hurt(path, what, offset, nbytes)
+
+    def _raining(self, kind: str) -> bool:
+        until_s = self.weather.get(kind)
+        if until_s is None:
+            return False
+        if self.world.loop.time() >= until_s:
+            del self.weather[kind]
+            return False
+        return self.world.rng.random() < WEATHER[kind]
+
+    def _fault(self, kind: str, code: int) -> int:
+        world = self.world
+        world.injected[kind] += 1
+        self.last_fault_s[kind] = world.loop.time()
+        self.read_faults += kind in ("eio-read", "eio-call", "bad-sector")
+        self.write_faults += kind in ("eio-write", "eio-sync", "eio-call")
+        return code
+
+    def recent(self, *kinds: str, within_s: float) -> bool:
+        """Whether one of these faults hit it within so many seconds."""
+        now_s = self.world.loop.time()
+        return any(now_s - self.last_fault_s.get(kind, -1e9) <= within_s for kind in kinds)
+
+    # -- life and death
+
+    @property
+    def is_open(self) -> bool:
+        return self.store is not None and not self.closing
+
+    async def open(self) -> bool:
+        """Open a store in it; ``False`` if the process was killed meanwhile or weather kept it from opening."""
+        if self.store is not None or self.opening:
+            return False
+        self.opening = True
+        try:
+            for _ in range(OPEN_ATTEMPTS_MAX):
+                outcome = await self._open_once()
+                if outcome is not None:
+                    return outcome
+                await asyncio.sleep(1.0)
+        finally:
+            self.opening = False
+        raise BrokenPromise(5, f"process {self.slot} could not be opened in {OPEN_ATTEMPTS_MAX} attempts")
+
+    async def _open_once(self) -> bool | None:
+        """``None``: failed for a reason that may pass."""
+        world = self.world
+        settings = world.plan.settings
+        config = make_config(ROOT, **settings)
+        life = self.life = world.oracle.born(self.slot, budget=config.disk_bytes is not None)
+        limits = EngineLimits(
+            request_bytes_max=config.request_bytes_max,
+            requests_in_flight_max=config.requests_in_flight_max,
+            bytes_in_flight_max=config.bytes_in_flight_max,
+        )
+        storage = self.storage = world.new_storage(self, limits)
+        platform = Platform(storage, MemoryEngine(), self.clock)
+        token, faults = world.oracle.look_begins(life), self.read_faults
+        world.log("open", self.slot, life.number)
+        task = self.spawn(open_with(config, platform=platform, arena=PrivateArena(config.shm_bytes)))
+        await asyncio.wait((task,))
+        if life.ended:
+            return False
+        if not task.cancelled() and task.exception() is None:
+            self.store = task.result()
+            counts = world.oracle.look_ends(life, token, counts=faults == self.read_faults)
+            world.log("opened", self.slot, life.number, len(self.store), counts)
+            world.on_opened(self, counts)
+            return True
+        error: BaseException = asyncio.CancelledError() if task.cancelled() else task.exception()  # type: ignore[assignment]
+        world.oracle.look_ends(life, token, counts=False)
+        world.oracle.died(life)
+        world.log("not opened", self.slot, life.number, type(error).__name__)
+        trouble = faults != self.read_faults or self.recent(*WEATHER, within_s=5.0) or world.short_of_space
+        if not isinstance(error, OSError | CascadeError) or not trouble:
+            raise BrokenPromise(2, f"process {self.slot} cannot open its root: {error!r}") from error
+        world.met("error to the caller", self)
+        return None
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run ``work`` in this process: it dies with it."""
+        context = contextvars.copy_context()
+        context.run(OWNER.set, self.life)
+        context.run(HOST.set, self.world.host(self.machine))
+        return self.world.loop.create_task(work, context=context)
+
+    def stop(self) -> Life | None:
+        """The process is dead from now on; its tasks still have to be ended."""
+        life, store = self.life, self.store
+        if life is None or life.ended:
+            return None
+        self.world.log("dies", self.slot, life.number)
+        if store is not None:
+            self.world.gather_reports(store)
+        assert self.storage is not None
+        self.storage.die(self.world.rng.random())
+        self.world.oracle.died(life)
+        self.store = None
+        self.closing = False
+        for block in self.held:
+            if not block.released:
+                block.release()
+        self.held.clear()
+        self.pins = 0
+        return life
+
+
+class World:
+    """One disk and the processes on it."""
+
+    def __init__(self, plan: Plan, loop: asyncio.AbstractEventLoop) -> None:
+        self.plan = plan
+        self.loop = loop
+        self.rng = random.Random(f"world {plan.seed}")
+        self.disk = MemoryDisk()
+        self.oracle = Oracle(skewed=plan.skewed)
+        self.injuries = Injuries()
+        self.bad_pages: dict[str, set[int]] = {}
+        self.boots = [1] * (max(plan.hosts) + 1)
+        self.processes = [Process(self, slot, machine) for slot, machine in enumerate(plan.hosts)]
+        for process, skew_s in zip(self.processes, plan.skew_s, strict=True):
+            process.clock.offset_s = skew_s
+        self.injected: collections.Counter[str] = collections.Counter()
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.reports: dict[Report, None] = {}
+        self.missed_after_injury: set[int] = set()
+        self.evicted_blocks = 0
+        self.short_of_space = False
+        self.events: list[tuple[Any, ...]] = []
+        self._storages = 0
+        self._last_wall_ns = 0
+        self.listeners: list[Callable[[Process, bool], None]] = []
+
+    # -- time, names, the log
+
+    def wall_ns(self) -> int:
+        now_ns = WALL_NS + int(self.loop.time() * 1e9)
+        self._last_wall_ns = max(now_ns, self._last_wall_ns + 1)
+        return self._last_wall_ns
+
+    def host(self, machine: int) -> Host:
+        """As processes of this machine see it now; on a disk of its own every lock is seen."""
+        return Host(f"machine{machine}", f"boot{self.boots[machine]}", sees_all_locks=not self.plan.shared)
+
+    def log(self, what: str, *details: Any) -> None:
+        self.events.append((round(self.loop.time(), 6), what, *details))
+
+    def digest(self) -> str:
+        """Of everything that happened, in order."""
+        return hashlib.sha256("\n".join(map(repr, self.events)).encode()).hexdigest()
+
+    def new_storage(self, process: Process, limits: EngineLimits) -> SimulatedStorage:
+        life = process.life
+        assert life is not None
+
+        def unlinked(path: str) -> None:
+            if path.endswith(".seg"):
+                self.oracle.removed_segments(life)
+
+        self._storages += 1
+        return SimulatedStorage(self.disk, limits, process, process, unlinked, self._storages)
+
+    def on_opened(self, process: Process, counts: bool) -> None:
+        for listener in self.listeners:
+            listener(process, counts)
+
+    def met(self, how: str, process: Process) -> None:
+        """A fault of this process was met like this: counted for the newest of its faults."""
+        newest = max(process.last_fault_s.items(), key=lambda item: item[1], default=("none", 0.0))[0]
+        self.outcomes[f"{newest}: {how}"] += 1
+
+    # -- what stores say of themselves
+
+    def gather_reports(self, store: Store) -> None:
+        """The end of a store, whatever kind: what it has reported and evicted."""
+        statistics = store.statistics()
+        disk = statistics["disk"]
+        self.evicted_blocks += disk["evicted_blocks"]
+        for text in statistics["damage"]:
+            self.note_report(text)
+        for torn in disk["recovery"]["torn"]:
+            self.reports.setdefault(Report(torn["path"], torn["offset"], torn["reason"], torn=True))
+
+    def evicted_so_far(self) -> int:
+        living = (process.store for process in self.processes if process.store is not None)
+        return self.evicted_blocks + sum(int(store.statistics()["disk"]["evicted_blocks"]) for store in living)
+
+    def note_report(self, text: str) -> None:
+        found = _DAMAGE.search(text)
+        if found is None:
+            raise BrokenPromise(2, f"a report of damage without path: {text}")
+        self.reports.setdefault(Report(found[1], None if found[2] is None else int(found[2]), text))
+
+    # -- what befalls it
+
+    def hurt(self, path: str, what: str, offset: int, nbytes: int) -> None:
+        """The medium was damaged there just now."""
+        hit = self.injuries.add(self.disk, what, path, offset, nbytes)
+        for injury in hit:
+            self.oracle.doubt_deletions(injury.deletions)
+        self.log("damaged", what, path[-14:], offset, nbytes, [sorted(injury.blocks) for injury in hit])
+
+    def rot(self, what: str, choice: int) -> None:
+        """Damage something that is stored: a page of a segment, seldom of a checkpoint."""
+        paths = sorted(
+            path for path, inode in self.disk.files.items() if path.endswith((".seg", "checkpoint")) and inode.pages
+        )
+        if not paths:
+            return
+        path = paths[choice % len(paths)]
+        inode = self.disk.files[path]
+        limit = -(-inode.size // PAGE_BYTES)
+        pages = sorted(page for page in inode.pages if page < limit)
+        if not pages:
+            return
+        page = pages[(choice >> 8) % len(pages)]
+        if what == "bad-sector":
+            if path.endswith(".seg"):
+                self.bad_pages.setdefault(path, set()).add(page)
+                self.injected[what] += 1
+                self.hurt(path, what, page * PAGE_BYTES, PAGE_BYTES)
+            return
+        data = bytearray(inode.read(page * PAGE_BYTES, PAGE_BYTES))
+        data[(choice >> 16) % len(data)] ^= 1 << (choice % 8)
+        self.injected[what] += 1
+        inode.rot(page * PAGE_BYTES, bytes(data))
+        self.hurt(path, what, page * PAGE_BYTES, PAGE_BYTES)
+
+    async def lose_power(self, machines: set[int] | None = None) -> list[Process]:
+        """Of all machines, or of some: their processes end, and what was not synced is lost in part."""
+        struck = [process for process in self.processes if machines is None or process.machine in machines]
+        directories = [self._directory(process) for process in struck]
+        lives = [process.stop() for process in struck]
+        seed = self.rng.randrange(1 << 30)
+        if machines is None:
+            self.disk = self.disk.crash(seed, torn_bytes=self.plan.torn_bytes)
+        else:
+            for directory in sorted(set(filter(None, directories))):
+                self.disk.crash_directory(directory, seed, torn_bytes=self.plan.torn_bytes)
+        for machine in range(len(self.boots)):
+            if machines is None or machine in machines:
+                self.boots[machine] += 1
+        for life in lives:
+            if life is not None:
+                await end_tasks(life)
+        return struck
+
+    def _directory(self, process: Process) -> str:
+        """Where it writes: the directory whose lock it holds."""
+        locks = [] if process.storage is None else process.storage._locks
+        held = [lock.path for lock in locks if lock.path in self.disk.locked and lock.path.endswith("/lock")]
+        return held[0].removesuffix("/lock") if held else ""
+
+    async def kill(self, process: Process) -> None:
+        """SIGKILL: the machine, and what it had taken from the process, lives on."""
+        life = process.stop()
+        if life is not None:
+            await end_tasks(life)
+
+    def heal(self) -> None:
+        """Fine weather from now on, on a disk that reads and has room."""
+        self.bad_pages.clear()
+        self.disk.capacity_bytes = 1 << 50
+        self.short_of_space = False
+        for process in self.processes:
+            process.weather.clear()
+            process.next_lie = ""
