@@ -142,8 +142,14 @@ class Link(asyncio.Protocol):
     # -- bytes ----------------------------------------------------------------------------------
 
     def _send(self, frame: bytes) -> None:
+        self._queue_releases()  # what was said before is heard before
         self._out.append(frame)
         self._flush_soon()
+
+    def _queue_releases(self) -> None:
+        leases, self._released = self._released, []
+        for start in range(0, len(leases), p.RELEASES_MAX):
+            self._out.append(p.encode(p.Release(leases[start : start + p.RELEASES_MAX])))
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -154,10 +160,7 @@ class Link(asyncio.Protocol):
         self._flushing = False
         if self._transport is None:
             return
-        if self._released:
-            leases, self._released = self._released, []
-            for start in range(0, len(leases), p.RELEASES_MAX):
-                self._out.append(p.encode(p.Release(leases[start : start + p.RELEASES_MAX])))
+        self._queue_releases()
         if self._out:
             frames, self._out = self._out, []
             self._transport.write(b"".join(frames))
