@@ -94,6 +94,8 @@ uint32_t cascade_copy_crc32c(void *dst, const void *src, size_t n, uint32_t crc)
 uint32_t cascade_crc32c(const void *src, size_t n, uint32_t crc);
 /* crc32c(0, chunk) of each chunk_bytes of src, the last chunk shorter, into crcs. */
 void cascade_crc32c_chunks(const void *src, size_t n, size_t chunk_bytes, uint32_t *crcs);
+/* The same for `count` ranges one after the other: ranges[2 i] is an address, ranges[2 i + 1] its length. */
+void cascade_crc32c_ranges(const uint64_t *ranges, size_t count, size_t chunk_bytes, uint32_t *crcs);
 /* Whether OpenSSL's SHA-256 was found (once, at the first call). */
 int cascade_sha256_available(void);
 /* Copy key to payload[0:] and value to payload[value_offset:], zero what lies between and behind, and

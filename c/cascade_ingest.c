@@ -119,6 +119,14 @@ void cascade_crc32c_chunks(const void *src, size_t n, size_t chunk_bytes, uint32
     }
 }
 
+void cascade_crc32c_ranges(const uint64_t *ranges, size_t count, size_t chunk_bytes, uint32_t *crcs)
+{
+    for (const uint64_t *range = ranges; range < ranges + 2 * count; range += 2) {
+        cascade_crc32c_chunks((const void *)(uintptr_t)range[0], range[1], chunk_bytes, crcs);
+        crcs += (range[1] + chunk_bytes - 1) / chunk_bytes;
+    }
+}
+
 int cascade_ingest_sha256(void *payload, size_t payload_bytes, const void *key, size_t key_bytes, const void *value,
                           size_t value_bytes, size_t value_offset, size_t chunk_bytes, uint32_t *crcs, uint8_t *digest)
 {

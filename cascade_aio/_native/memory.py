@@ -13,7 +13,9 @@ a cycle of a memoryview and a view of it, it clears the memoryview first and the
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cascade_aio._native._library import ffi, lib
@@ -25,6 +27,7 @@ _cast = ffi.cast
 _from_buffer = ffi.from_buffer
 _uintptr = ffi.typeof("uintptr_t")
 _uint32_array = "uint32_t[]"
+_uint64_array = "uint64_t[]"
 
 
 def address_of(buffer: Buffer) -> int:
@@ -66,6 +69,21 @@ def crc32c_chunks(src: Buffer, chunk_bytes: int) -> tuple[int, ...]:
     crcs = ffi.new(_uint32_array, count)
     lib.cascade_crc32c_chunks(_from_buffer(src), nbytes, chunk_bytes, crcs)
     return tuple(ffi.unpack(crcs, count))
+
+
+def crc32c_ranges(payloads: Sequence[Buffer], chunk_bytes: int) -> list[tuple[int, ...]]:
+    """``crc32c_chunks`` of each of ``payloads``: one call without the GIL for all of them."""
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes={chunk_bytes} must be at least 1")
+    lengths = [_length(payload) for payload in payloads]
+    ranges = [
+        number for payload, nbytes in zip(payloads, lengths, strict=True) for number in (address_of(payload), nbytes)
+    ]
+    counts = [-(-nbytes // chunk_bytes) for nbytes in lengths]
+    crcs = ffi.new(_uint32_array, max(1, sum(counts)))
+    lib.cascade_crc32c_ranges(ffi.new(_uint64_array, ranges), len(lengths), chunk_bytes, crcs)
+    found = iter(ffi.unpack(crcs, sum(counts)))
+    return [tuple(itertools.islice(found, count)) for count in counts]
 
 
 def sha256_available() -> bool:

@@ -236,6 +236,10 @@ class ByteEngine(Protocol):
         """CRC-32C of each chunk of ``payload`` (last one shorter)."""
         ...
 
+    async def checksums(self, payloads: Sequence[memoryview], chunk_bytes: int) -> list[tuple[int, ...]]:
+        """``checksum`` of each of several payloads, for little more than the price of one."""
+        ...
+
     async def copy(self, pairs: Sequence[tuple[memoryview, memoryview]]) -> None:
         """Streaming copy of each ``(destination, source)``, split over the workers when large."""
         ...

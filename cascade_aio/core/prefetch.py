@@ -13,6 +13,9 @@ blocks taken, or landed without a consumer):
 * the consumer never waited and never used the near half of the window: take a quarter off;
 * without a consumer: double it while that brings bandwidth.
 
+A window that was full is filled again in steps (``REFILL_BYTES_MAX``), not block by block: what is asked for
+together lies together on disk and is read, verified and told of as one. A consumer that waits ends that.
+
 It is never below twice the largest block seen (one is consumed from while the next lands), but for
 the upper bound; and one block may always be under way, however large.
 
@@ -31,6 +34,10 @@ START_BYTES = 32 * MIB
 """First window: 10 ms of a device of 3 GB/s, and more than keeps it busy (its latency is below 1 ms)."""
 GAIN_MIN = 1.1
 """Growth of the window is worth while if the bandwidth grew by this factor."""
+REFILL_BYTES_MAX = 4 * MIB
+"""Room that a full window collects before it is filled again: one large request …"""
+REFILL_WINDOW_PART = 4
+"""… and at most one part in so many of the window."""
 BLOCKS_MIN = 2
 """Blocks of the largest size that the window holds at least."""
 
@@ -90,6 +97,7 @@ class PrefetchPlanner:
         self._head: tuple[int, int] | None = None  # described, waiting for the window
         self._wanted: dict[int, _Wanted] = {}  # in order of position
         self._paused = False
+        self._full = False  # and collects room
         self._largest_bytes = 0
         self._ahead_bytes = 0
         self._flight_bytes = 0
@@ -243,9 +251,11 @@ class PrefetchPlanner:
         """The consumer waits for ``position``, which has not landed."""
         self.stalls += 1
         self._epoch_stalls += 1
+        self._full = False
         wanted = self._wanted.get(position)
         if wanted is not None:
-            return [Action(Act.HURRY, position)] if wanted.state is _State.STARTED else []
+            hurry = [Action(Act.HURRY, position)] if wanted.state is _State.STARTED else []
+            return hurry + self._advance(now_s)
         self._skip_to(position + 1)
         return self._advance(now_s)
 
@@ -276,8 +286,14 @@ class PrefetchPlanner:
         if self._head is None or self._paused:
             return []
         position, nbytes = self._head
-        if self._ahead_bytes and self._ahead_bytes + nbytes > self.window_bytes:
-            return []
+        if self._ahead_bytes:
+            window = self.window_bytes
+            if self._ahead_bytes + nbytes > window:
+                self._full = True
+                return []
+            if self._full and self._ahead_bytes + min(REFILL_BYTES_MAX, window // REFILL_WINDOW_PART) > window:
+                return []
+        self._full = False
         self._head = None
         self._enter(position, nbytes, _State.STARTED, now_s)
         return [Action(Act.START, position)]
@@ -285,6 +301,7 @@ class PrefetchPlanner:
     def _enter(self, position: int, nbytes: int, state: _State, now_s: float) -> None:
         self._wanted[position] = _Wanted(nbytes, state)
         self._ahead_bytes += nbytes
+        self._full = self._full or self._ahead_bytes >= self.window_bytes
         if state is _State.STARTED:
             if not self._flight_bytes:
                 self._busy_since_s = now_s

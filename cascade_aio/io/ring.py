@@ -249,6 +249,8 @@ class Ring(TransferEngine):
         self._counts["reaps"] += 1
         self._counts["completions"] += len(answers)
         self._complete([answer for answer in answers if answer[0] != _CANCEL_TOKEN])
+        if self._queues:
+            self._flush()  # at once: what woke up may take milliseconds, and the device would have nothing to do
 
     async def _release(self) -> None:
         async with self._registration:

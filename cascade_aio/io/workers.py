@@ -143,6 +143,26 @@ class ByteWorkers:
         found = await self._call_all(chunk_checksums, parts)
         return tuple(crc for crcs in found for crc in crcs)
 
+    async def checksums(self, payloads: Sequence[memoryview], chunk_bytes: int) -> list[tuple[int, ...]]:
+        """See ``abc.ByteEngine``; neighbours in the list share a call, one share for each worker."""
+        if len(payloads) == 1:
+            return [await self.checksum(payloads[0], chunk_bytes)]
+        total = sum(payload.nbytes for payload in payloads)
+        if total <= COPY_INLINE_BYTES_MAX:
+            self._check_open()
+            return _native.crc32c_ranges(payloads, chunk_bytes)
+        share_bytes = self._share_bytes(total)
+        shares: list[list[memoryview]] = []
+        room = 0
+        for payload in payloads:
+            if room <= 0:
+                shares.append([])
+                room = share_bytes
+            shares[-1].append(payload)
+            room -= payload.nbytes
+        found = await self._call_all(_native.crc32c_ranges, [(share, chunk_bytes) for share in shares])
+        return [crcs for share in found for crcs in share]
+
     async def copy(self, pairs: Sequence[tuple[memoryview, memoryview]]) -> None:
         """See ``abc.ByteEngine``. Raises ``ValueError`` before a byte moves if two lengths differ."""
         self._check_open()

@@ -60,7 +60,7 @@ class FileHandles:
         while True:
             handle = await self._borrow(number, path)
             try:
-                file = await asyncio.shield(handle.file)
+                file = handle.file.result() if handle.file.done() else await asyncio.shield(handle.file)
             except OSError as error:
                 await self._give_back(number, handle)
                 if error.errno not in _TOO_MANY or not await self._halve():

@@ -134,7 +134,7 @@ class SegmentReader:
         self.requests += 1
         count = await self._storage.read(file, buffers, run.offset, priority=priority, deadline_s=deadline_s)
         self.read_bytes += count
-        crcs = await self._checksums(reads)
+        crcs = await self._engine.checksums([_payload(read) for read in reads], fmt.CHUNK_BYTES)
         end = run.offset
         for read, found in zip(reads, crcs, strict=True):
             end += read.record_bytes
@@ -145,11 +145,6 @@ class SegmentReader:
                 read.outcome = _judged(read, entry, _verified(decode_expected(read, entry), found, entry))
                 if read.arrival is not None and isinstance(read.outcome, fmt.RecordHeader):
                     read.arrival.verified(read.outcome, 0, len(found))
-
-    async def _checksums(self, reads: Sequence[RecordRead]) -> list[tuple[int, ...]]:
-        if len(reads) == 1:
-            return [await self._engine.checksum(_payload(reads[0]), fmt.CHUNK_BYTES)]
-        return list(await _gather([self._engine.checksum(_payload(read), fmt.CHUNK_BYTES) for read in reads]))
 
     async def _read_large(
         self, read: RecordRead, file: File, entry: SegmentEntry, priority: Priority | Urgency, deadline_s: float | None

@@ -1,8 +1,7 @@
 """The disk tier: this store's segment writer, a reader of all segments, and the root they live in.
 
-What it is: the seam between the catalog's blocks and the segments' bytes. It batches the reads that
-one loop turn asks for, so that neighbours on disk become one request, bounds what is not durable
-yet, and turns what segments say into facts for whoever opened it. It decides nothing about what
+What it is: the seam between the catalog's blocks and the segments' bytes. It bounds what is not
+durable yet, and turns what segments say into facts for whoever opened it. It decides nothing about what
 is kept: that is the store's.
 """
 
@@ -15,7 +14,7 @@ import dataclasses
 import posixpath
 from collections.abc import Callable
 
-from cascade_aio.abc.storage import Platform, Priority, Urgency
+from cascade_aio.abc.storage import Platform, Urgency
 from cascade_aio.config import format_size
 from cascade_aio.core.clock import HybridClock
 from cascade_aio.errors import BrokenTierError, TierFullError
@@ -25,19 +24,7 @@ from cascade_aio.segments.pending import PendingRecord
 from cascade_aio.segments.reader import RecordRead, SegmentReader
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.segments.writer import SegmentWriter
-
-BATCHED_RECORD_BYTES_MAX = 512 << 10
-"""Reads of records up to this size that one loop turn asks for are planned together: for small
-records the request costs more than the bytes. Larger ones go alone, so that each ends by itself."""
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Batch:
-    """Small reads of one loop turn and class; as urgent as the most urgent of them becomes."""
-
-    urgency: Urgency
-    reads: list[RecordRead] = dataclasses.field(default_factory=list)
-    done: asyncio.Task[None] | None = None
+from cascade_aio.tiers.reading import TurnReads
 
 
 class DiskTier:
@@ -65,7 +52,7 @@ class DiskTier:
         """Whether files are over their budget and some are about to be removed: then nothing more is let in."""
         self.settled_stamp = 0
         """Everything appended before a stamp up to this one was made is durable."""
-        self._batches: dict[Priority, _Batch] = {}
+        self._reads = TurnReads(reader)
         self._retracted: set[str] = set()
 
     def stamp(self) -> int:
@@ -80,39 +67,12 @@ class DiskTier:
         Raises ``CorruptionError``, ``BlockNotFoundError`` (the segment has vanished), ``OSError``. When this
         returns or raises, also by cancellation, nobody touches the extent any more.
         """
-        if read.record_bytes > BATCHED_RECORD_BYTES_MAX:
-            await self.reader.read([read], priority=urgency)
-        else:
-            await self._read_batched(read, urgency)
+        await self._reads.read(read, urgency)
         outcome = read.outcome
         if isinstance(outcome, BaseException):
             raise outcome
         assert outcome is not None, read.location
         return outcome
-
-    async def _read_batched(self, read: RecordRead, urgency: Urgency) -> None:
-        """Join the reads of this loop turn and class. The batch owns all of its extents until its end."""
-        batch = self._batches.get(urgency.priority)
-        if batch is None:
-            batch = self._batches[urgency.priority] = _Batch(Urgency(urgency.priority))
-            batch.done = asyncio.get_running_loop().create_task(self._run_batch(batch, urgency.priority))
-        batch.reads.append(read)
-        done = batch.done
-        assert done is not None
-        cancelled: asyncio.CancelledError | None = None
-        with urgency.watched(batch.urgency.rise):
-            while not done.done():
-                try:
-                    await asyncio.wait((done,))
-                except asyncio.CancelledError as error:
-                    cancelled = error
-        if cancelled is not None:
-            raise cancelled
-        done.result()
-
-    async def _run_batch(self, batch: _Batch, priority: Priority) -> None:
-        del self._batches[priority]  # a task starts in the next turn: newcomers make the next batch
-        await self.reader.read(batch.reads, priority=batch.urgency)
 
     # -- writing ------------------------------------------------------------------------------
 

@@ -107,6 +107,22 @@ def test_two_of_the_largest_fit_but_not_more_than_the_upper_bound() -> None:
     assert describe_all(one, 80 * MIB) == [0]  # one block may always be under way
 
 
+def test_a_full_window_is_filled_again_in_steps_unless_the_consumer_waits() -> None:
+    planner = PrefetchPlanner(1000, WindowBounds(8 * MIB, 32 * MIB), streaming=True)
+    full = len(describe_all(planner, MIB))
+    assert full == 32
+    for position in range(full):
+        planner.landed(position, 0.0)
+    started: list[int] = []
+    for position in range(12):
+        actions = planner.taken(position, MIB, 0.0)
+        more = [at for act, at in actions if act is Act.START]
+        started.append(len(more + describe_all(planner, MIB)))
+    assert started == [0, 0, 0, 4] * 3, "four neighbours at a time"
+    assert planner.taken(12, MIB, 0.0) + describe_all(planner, MIB) == []
+    assert [at for _, at in planner.asked(13, 0.0)] == [full + 12], "nothing is saved up while somebody waits"
+
+
 def test_without_a_consumer_only_what_is_being_read_counts() -> None:
     planner = PrefetchPlanner(100, WindowBounds(2 * MIB, 2 * MIB), streaming=False)
     assert describe_all(planner, MIB) == [0, 1]

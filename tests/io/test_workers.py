@@ -127,6 +127,12 @@ async def test_many_blocks_at_once(workers: ByteWorkers) -> None:
     assert found == [reference(k, v, MIB, "blake3")[1] for k, v in blocks]
 
 
+@pytest.mark.parametrize("sizes", [(), (1,), (4096, 0, 65_537), (MIB, 2 * MIB, 4096, 6 * MIB, 3 * MIB, MIB + 1)])
+async def test_checksums_of_several_payloads_are_those_of_each(workers: ByteWorkers, sizes: tuple[int, ...]) -> None:
+    payloads = [memoryview(bytes([n + 1]) * size) for n, size in enumerate(sizes)]
+    assert await workers.checksums(payloads, MIB) == [await workers.checksum(payload, MIB) for payload in payloads]
+
+
 async def test_checksums_of_large_memory_keep_their_order(workers: ByteWorkers) -> None:
     memory = page_buffer(3 * SPLIT_BYTES + PAGE)
     memory[:] = random.Random(2).randbytes(len(memory))
