@@ -1,7 +1,8 @@
 # Entry points for people and CI. Every target may be repeated; each sets up .venv first if needed.
 #   make demo     see the store work        make bench    measure it against the raw limits
 #   make test     run all tests             make wheel    build the wheel and prove it elsewhere
-#   make crash    kill writers at random, KILLS=200 times, and check what is left; FILE_SYSTEM=here|ext4|xfs|all
+#   make crash fuzz    kill writers at random, KILLS=200 times, and check what is left; FILE_SYSTEM=here|ext4|xfs|all
+#   make fuzz     throw bytes at every parser for SECONDS=60
 #   make build    (re)build after changing c/
 # PYTHON=... chooses the interpreter of a new .venv; ARGS=... is passed on.
 .PHONY: help setup build demo test bench crash wheel lint clean
@@ -28,6 +29,10 @@ crash: KILLS ?= 200
 crash: FILE_SYSTEM ?= all
 crash: setup
 	@.venv/bin/python -m cascade_aio.testing.crashes campaign --kills $(KILLS) --file-system $(FILE_SYSTEM) $(ARGS)
+
+fuzz: SECONDS ?= 60
+fuzz: setup
+	@.venv/bin/python -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 wheel: setup
 	@scripts/wheel.sh

@@ -8,33 +8,51 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import random
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+from cascade_aio.testing.provenance import provenance
 from tests.fuzz.guard import run_guarded
 from tests.fuzz.targets import TARGETS
 
 INPUT_BYTES_MAX = 1000
 
 
-def fuzz_with_atheris(name: str, seconds: int) -> int:
-    """In a process of its own: libFuzzer ends its process."""
-    command = [sys.executable, "-m", "tests.fuzz", "--atheris-child", name, "--seconds", str(seconds)]
-    return subprocess.run(command, check=False).returncode
+def fuzz_with_atheris(name: str, seconds: float, seed: int) -> int:
+    """In a process of its own, because libFuzzer ends its process; how many inputs it tried. Ends us on a failure."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz",
+        "--atheris-child",
+        name,
+        "--seconds",
+        str(seconds),
+        "--seed",
+        str(seed),
+    ]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    runs = re.findall(r"^Done (\d+) runs", done.stderr, flags=re.MULTILINE)
+    if done.returncode or not runs:
+        raise SystemExit(f"{name} broke its promise:\n{done.stderr[-4000:]}")
+    print(f"{name}: {runs[-1]} inputs")
+    return int(runs[-1])
 
 
-def atheris_child(name: str, seconds: int) -> None:
+def atheris_child(name: str, seconds: float, seed: int) -> None:
     """Never returns."""
     import atheris
 
     target = TARGETS[name]
-    with atheris.instrument_imports(include=["cascade_aio.segments"]):
-        pass
     atheris.instrument_all()
-    atheris.Setup([sys.argv[0], f"-max_total_time={seconds}", f"-max_len={INPUT_BYTES_MAX}"], target)
+    limits = [f"-max_total_time={max(1, round(seconds))}", f"-max_len={INPUT_BYTES_MAX}", f"-seed={seed + 1}"]
+    atheris.Setup([sys.argv[0], *limits], target)
     atheris.Fuzz()
 
 
@@ -63,19 +81,32 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="for all targets together")
     parser.add_argument("--target", choices=sorted(TARGETS), help="only this one")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs, without atheris")
+    parser.add_argument("--result", type=Path, help="write what was done to this JSON file as well")
     parser.add_argument("--atheris-child", choices=sorted(TARGETS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # a store says why it does not use a checkpoint, thousands of times
     if options.atheris_child:
-        atheris_child(options.atheris_child, int(options.seconds))
+        atheris_child(options.atheris_child, options.seconds, options.seed)
+    provenance_before = provenance()
     names = [options.target] if options.target else list(TARGETS)
     share = options.seconds / len(names)
-    if importlib.util.find_spec("atheris") is None:
+    guided = importlib.util.find_spec("atheris") is not None
+    if not guided:
         print("atheris is not installed: inputs are drawn at random")
-        for name in names:
-            fuzz_at_random(name, share, options.seed)
-        return 0
-    return max(fuzz_with_atheris(name, max(1, round(share))) for name in names)
+    run = fuzz_with_atheris if guided else fuzz_at_random
+    inputs = {name: run(name, share, options.seed) for name in names}
+    if options.result is not None:
+        result = {
+            "campaign": "fuzz",
+            **provenance_before,
+            "command": f"python -m tests.fuzz --seconds {options.seconds:g} --seed {options.seed}",
+            "engine": "atheris, guided by coverage" if guided else "a seeded random generator",
+            "inputs": inputs,
+            "failures": 0,
+        }
+        options.result.parent.mkdir(parents=True, exist_ok=True)
+        options.result.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ def run_all(kinds: Sequence[str], options: argparse.Namespace, directory: Path) 
         "campaign": "crash",
         "format": RESULT_FORMAT,
         **provenance(),
+        "command": "python -m cascade_aio.testing.crashes campaign "
+        f"--file-system {options.file_system} --seed {options.seed} --kills {options.kills}",
         "here": file_system_name(str(directory)),
         "first_seed": options.seed,
         "file_systems": {},

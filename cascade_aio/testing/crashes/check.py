@@ -78,6 +78,7 @@ class RootCheck:
         if left:
             raise CampaignError("leak", f"{left} descriptors are left open by closed stores")
         self._check_leftovers()
+        self._figures.checks += 1
 
     async def _run(self, oracles: Sequence[Oracle]) -> None:
         async with asyncio.timeout(CHECK_SECONDS_MAX), contextlib.AsyncExitStack() as stack:

@@ -23,6 +23,7 @@ class CampaignError(AssertionError):
 class Figures:
     """Counts of a campaign on one kind of file system.
 
+    ``checks``: openings after which everything was compared.
     ``kills``: processes that died by SIGKILL while they wrote to the store, ``kills_by_phase`` says how;
     ``clean_ends``: those that were quicker. ``kills_beside_reader`` were watched by a reading process and
     ``kills_beside_writers`` happened together with those of further writers of the root. ``faults``: file systems
@@ -36,6 +37,7 @@ class Figures:
     clean_ends: int = 0
     operations: int = 0
     operations_in_doubt: int = 0
+    checks: int = 0
     blocks_checked: int = 0
     bytes_checked: int = 0
     bytes_verified: int = 0
