@@ -39,10 +39,12 @@ from cascade_aio.store import (
     PrefetchHandle,
     PrefetchProgress,
     PrefixLookup,
+    RepairReport,
     Slot,
     Store,
     VerifyReport,
     open_store,
+    repair_root,
 )
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "PrefixKey",
     "PrefixLookup",
     "ProtocolError",
+    "RepairReport",
     "ServiceStore",
     "ServiceUnavailableError",
     "Slot",
@@ -81,4 +84,5 @@ __all__ = [
     "connect",
     "open_store",
     "prefix_keys",
+    "repair_root",
 ]

@@ -9,6 +9,7 @@ from cascade_aio.cli.demo import demo
 from cascade_aio.cli.doctor import doctor
 from cascade_aio.cli.inspection import stat, verify, version
 from cascade_aio.cli.prefetch import prefetch
+from cascade_aio.cli.repairing import repair
 from cascade_aio.cli.serve import serve
 from cascade_aio.cli.trace import trace
 
@@ -19,5 +20,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, put, get, ls, stat, verify, doctor, trace, serve, prefetch, version):
+for command in (demo, put, get, ls, stat, verify, repair, doctor, trace, serve, prefetch, version):
     app.command()(command)

@@ -312,8 +312,10 @@ async def claim_dead(
             except FileNotFoundError:
                 continue
             if isinstance(directory, str):
-                found.left[writer] = directory
-                continue
+                if writer not in vouched_for:
+                    found.left[writer] = directory
+                    continue
+                directory = _Directory(writer, {})
             age_ns = clock.wall_ns() - directory.closed_ns
             if directory.closed_ns and not closed_too and age_ns < LEFT_SECONDS_MAX * 1e9:
                 continue

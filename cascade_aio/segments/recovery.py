@@ -476,7 +476,7 @@ class SegmentRecovery:
         position = self._data_end
         for item in sound:
             cuts = [position, *(offset for offset in torn if position < offset < item.offset), item.offset]
-            missing = [note for start, end in itertools.pairwise(cuts) for note in _empty_notes(start, end)]
+            missing = [note for start, end in itertools.pairwise(cuts) for note in empty_notes(start, end)]
             fillers += missing
             whole += [*missing, item]
             position = _end_of(item)
@@ -510,7 +510,7 @@ class SegmentRecovery:
             self._report.seal_failures += 1  # nothing is lost: the next opening scans it again
 
 
-def _empty_notes(start: int, end: int) -> list[fmt.RecordHeader]:
+def empty_notes(start: int, end: int) -> list[fmt.RecordHeader]:
     """Records that say nothing and take the bytes from ``start`` to ``end``, in as few pieces as headers allow."""
     step = fmt.HEADER_PAGES_MAX * PAGE_BYTES
     return [

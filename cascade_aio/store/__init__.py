@@ -5,6 +5,7 @@ from cascade_aio.store.getting import PrefixLookup
 from cascade_aio.store.opening import open_store
 from cascade_aio.store.prefetching import PrefetchHandle, PrefetchProgress
 from cascade_aio.store.putting import Slot
+from cascade_aio.store.repairing import RepairReport, repair_root
 from cascade_aio.store.store import BlockInfo, Store
 from cascade_aio.store.streaming import BlockStream
 from cascade_aio.store.verifying import VerifyReport
@@ -16,8 +17,10 @@ __all__ = [
     "PrefetchHandle",
     "PrefetchProgress",
     "PrefixLookup",
+    "RepairReport",
     "Slot",
     "Store",
     "VerifyReport",
     "open_store",
+    "repair_root",
 ]

@@ -170,6 +170,8 @@ class StoreContext:
     merger: CatalogMerger = dataclasses.field(init=False)
     recovery: Recovery = dataclasses.field(init=False)
     adopter: Adopter = dataclasses.field(init=False)
+    index_doubtful: bool = False
+    """The index is not to be kept in a checkpoint: the segments are to be read again."""
     facts_applied: int = 0
     facts_refused: int = 0
     """Facts of the root for which the index had no room."""

@@ -166,7 +166,8 @@ class CatalogMerger:
         blocks = 0
         for row in index.rows_in_segment(fact.segment).tolist():
             location = index.location(row)
-            blocks += location is not None and location[1] * PAGE_BYTES >= fact.offset
+            assert location is not None, row
+            blocks += location[1] * PAGE_BYTES + self._catalog.stored_bytes(row) > fact.offset
         if len(self.lost) < LOST_KEPT_MAX:
             self.lost.append(LostSegment(fact.path, fact.name, fact.offset, fact.nbytes, blocks, fact.reason))
         self._report_damage(

@@ -118,7 +118,7 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
     written = context.disk.writer.statistics
     if not written.records and not written.notes and context.facts_applied == context.facts_since_checkpoint == 0:
         return  # nothing was learnt that the checkpoint there does not say
-    if context.facts_refused:
+    if context.facts_refused or context.index_doubtful:
         return  # it would say that what was refused need not be read again
     covers, positions = covers_of(context.disk.table)
     columns = await asyncio.to_thread(_columns_of, context.catalog.index, positions)

@@ -13,7 +13,8 @@ import asyncio
 import contextlib
 import dataclasses
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,8 @@ class Examination:
     unreadable: list[CorruptionError] = dataclasses.field(default_factory=list)
     inconsistent: list[Inconsistency] = dataclasses.field(default_factory=list)
     cut: int | None = None
+    alien: bool = False
+    """The file is a segment of another store or writer."""
 
     def doubtful(self, offset: int) -> bool:
         """Whether this place has been reported already, or was not looked at."""
@@ -105,13 +108,22 @@ class _Progress:
 class Verifier:
     """One verification of a root: examinations as they are made, and what the checkpoints say."""
 
-    def __init__(self, context: StoreContext, on_progress: Callable[[int, int], None] | None) -> None:
+    def __init__(
+        self,
+        context: StoreContext,
+        on_progress: Callable[[int, int], None] | None,
+        *,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """``only``: look at the segments with these paths."""
         self.context = context
+        self.suspects: dict[bytes, tuple[bytes, ...]] = {}
+        """Blocks whose record is damaged or gone, with their names."""
         self.examinations: list[Examination] = []
         self.lost: list[LostSegment] = list(context.merger.lost)
         self.inconsistent: list[Inconsistency] = []
         self._claims: dict[SegmentIdentity, list[tuple[str, npt.NDArray[np.uint32], npt.NDArray[np.uint8]]]] = {}
-        self._entries = list(context.disk.table)
+        self._entries = [entry for entry in context.disk.table if only is None or entry.path in only]
         self._progress = _Progress(sum(entry.record_bytes for entry in self._entries), on_progress)
 
     async def run(self) -> None:
@@ -181,7 +193,7 @@ class Verifier:
                     found.unreadable.append(error)
                 elif error is not None and not (header is None and item.offset + nbytes == found.cut):
                     found.wrong.append((item.offset, nbytes, error, header))
-                    distrust(context, entry, item.offset, item.offset + nbytes)
+                    self._distrust(entry, item.offset, item.offset + nbytes)
                 elif header is not None and header.kind == fmt.BLOCK:
                     found.records[item.offset // PAGE_BYTES] = header.digest[:BLOCK_ID_BYTES]
                     found.bytes += header.key_bytes + header.value_bytes
@@ -211,6 +223,11 @@ class Verifier:
         except CorruptionError as error:
             found.wrong.append((0, PAGE_BYTES, error, None))
             return
+        if header is not None and (header.identity != entry.identity or header.store != self.context.store_id):
+            what = "this segment belongs to another store or writer: it is not read"
+            found.alien = True
+            alien = CorruptionError(what, path=entry.path, segment=entry.name, offset=0)
+            found.wrong.append((0, PAGE_BYTES, alien, None))
         if header is None and entry.firm_end > PAGE_BYTES:
             zeros = CorruptionError("no segment header, only zeros", path=entry.path, segment=entry.name, offset=0)
             found.wrong.append((0, PAGE_BYTES, zeros, None))
@@ -221,15 +238,16 @@ class Verifier:
             self._note_lost(entry, 0, entry.size_bytes, GONE)
 
     def _note_lost(self, entry: SegmentEntry, offset: int, nbytes: int, reason: str) -> None:
-        index = self.context.catalog.index
+        catalog = self.context.catalog
         rows = [
             row
-            for row in index.rows_in_segment(entry.number).tolist()
-            if index.location(row)[1] * PAGE_BYTES >= offset  # type: ignore[index]
+            for row, at in rows_between(self.context, entry, 0, entry.data_end)
+            if at + catalog.stored_bytes(row) > offset
         ]
         if rows or offset:
             self.lost.append(LostSegment(entry.path, entry.name, offset, nbytes, len(rows), reason))
-        distrust(self.context, entry, offset, entry.data_end)
+        for row in rows:
+            self._distrust_row(row)
 
     def _check_index(self, found: Examination) -> None:
         """What the index of this store says of the segment."""
@@ -244,7 +262,16 @@ class Verifier:
             if found.records.get(page) != block_id and not found.doubtful(page * PAGE_BYTES):
                 what = f"the index names block {block_id.hex()} at offset {page * PAGE_BYTES}, which is not there"
                 found.inconsistent.append(Inconsistency(entry.path, what))
-                distrust(self.context, entry, page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
+                self._distrust(entry, page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
+
+    def _distrust(self, entry: SegmentEntry, start: int, end: int) -> None:
+        for row, _ in rows_between(self.context, entry, start, end):
+            self._distrust_row(row)
+
+    def _distrust_row(self, row: int) -> None:
+        index = self.context.catalog.index
+        self.suspects[index.block_id(row)] = tuple(name for name, _ in index.bindings(row))
+        distrust_row(self.context, row)
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -281,7 +308,12 @@ class Verifier:
                 continue  # others' segments may have been removed since
             size = sizes.get(cover.identity.sequence, 0)
             if size < cover.upto:
-                blocks = int(np.count_nonzero(pages.astype(np.int64) * PAGE_BYTES >= size))
+                gone = rows[_ends(columns, rows) > size]
+                blocks = len(gone)
+                for row in gone.tolist():
+                    names = columns["binding_key"][columns["binding_row"] == row]
+                    block_id = columns["digest"][row].tobytes()[:BLOCK_ID_BYTES]
+                    self.suspects[block_id] = tuple(name.tobytes() for name in names)
                 path = segment_path(self.context.disk.table.root, cover.identity)
                 reason = CUT if size else GONE
                 lost = LostSegment(path, cover.identity.name, size, cover.upto - size, blocks, reason)
@@ -309,22 +341,39 @@ async def verify_root(context: StoreContext, on_progress: Callable[[int, int], N
 def distrust(context: StoreContext, entry: SegmentEntry, start: int, end: int) -> int:
     """Records that begin in this range are not what was written: nothing may rely on them any more.
 
-    A block that the arena has as well is written again; another is forgotten, so that whoever has its
-    bytes stores them anew instead of being told that they are there. Returns how many were written again.
+    Returns how many blocks were written again.
     """
-    catalog = context.catalog
-    again = 0
-    for row in catalog.index.rows_in_segment(entry.number).tolist():
-        location = catalog.index.location(row)
-        if location is None or not start <= location[1] * PAGE_BYTES < end:
-            continue
-        copy = catalog.copies.get(row)
-        if copy is not None and not context.config.read_only:
-            context.append_again(copy)
-            again += 1
-        else:
-            catalog.unplace(row)
-    return again
+    return sum(distrust_row(context, row) for row, _ in rows_between(context, entry, start, end))
+
+
+def distrust_row(context: StoreContext, row: int) -> bool:
+    """A block that the arena has as well is written again (``True``); another is forgotten, so that whoever has
+    its bytes stores them anew instead of being told that they are there."""
+    copy = context.catalog.copies.get(row)
+    if copy is None or context.config.read_only:
+        context.catalog.unplace(row)
+        return False
+    context.append_again(copy)
+    return True
+
+
+def rows_between(context: StoreContext, entry: SegmentEntry, start: int, end: int) -> list[tuple[int, int]]:
+    """(row, offset) of the blocks whose newest record begins in this range of the segment."""
+    index = context.catalog.index
+    found = []
+    for row in index.rows_in_segment(entry.number).tolist():
+        location = index.location(row)
+        if location is not None and start <= location[1] * PAGE_BYTES < end:
+            found.append((row, location[1] * PAGE_BYTES))
+    return found
+
+
+def _ends(columns: Mapping[str, npt.NDArray[Any]], rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Where the records of these rows of a checkpoint end in their files."""
+    key_bytes, value_bytes = (columns[name][rows].astype(np.int64) for name in ("key_bytes", "value_bytes"))
+    payload = -(-key_bytes // fmt.VALUE_ALIGNMENT) * fmt.VALUE_ALIGNMENT + value_bytes
+    pages = columns["page"][rows].astype(np.int64) + columns["header_pages"][rows] + -(-payload // PAGE_BYTES)
+    return np.asarray(pages * PAGE_BYTES, dtype=np.int64)
 
 
 def _place(error: CorruptionError) -> tuple[str, int]:
