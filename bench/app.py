@@ -28,7 +28,10 @@ def run(
     directory: Annotated[
         pathlib.Path, typer.Option("--dir", help="Where to measure; a scratch folder in it is removed at the end.")
     ] = pathlib.Path(),
-    out: Annotated[pathlib.Path | None, typer.Option(help="Result file; default: engine-<date>.json.")] = None,
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Result file; default: engine-<date>.json, or prefetch-<date>.json for --figures prefetch."),
+    ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Repetitions of each side of a pair; 5 or more.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all block bytes.")] = SEED,
     io_backend: Annotated[str, typer.Option(help="auto, uring or threads.")] = "auto",
@@ -43,8 +46,9 @@ def run(
             raise BenchError("--quick needs --out: its numbers do not belong beside real ones")
         if not quick and repeats is not None and repeats < REPEATS_MIN:
             raise BenchError(f"--repeats {repeats} is below {REPEATS_MIN}: a median of fewer says nothing")
+        kind = "prefetch" if figures == "prefetch" else "engine"
         runner.run(
-            out=out or RESULTS / f"engine-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json",
+            out=out or RESULTS / f"{kind}-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json",
             scratch=directory,
             scale=scale,
             names=[name for name in figures.split(",") if name],
@@ -65,12 +69,16 @@ def run(
 @app.command(name="table")
 def write_table(
     check: Annotated[bool, typer.Option(help="Change nothing; exit 1 if README.md is not in step.")] = False,
-    result: Annotated[pathlib.Path | None, typer.Option(help="Result file; default: the newest.")] = None,
+    result: Annotated[pathlib.Path | None, typer.Option(help="Result file; default: the newest of each kind.")] = None,
     readme: Annotated[pathlib.Path, typer.Option(help="File with the two marker comments.")] = REPOSITORY / "README.md",
 ) -> None:
-    """Put the table of the newest result file into README.md."""
+    """Put the tables of the newest result files into README.md."""
     try:
-        table.update(readme, results.load(result or results.newest(RESULTS)), check=check)
+        chosen = [result] if result else [results.newest(RESULTS)]
+        if not result and any(RESULTS.glob(results.PREFETCH_GLOB)):
+            chosen.append(results.newest(RESULTS, results.PREFETCH_GLOB))
+        for path in chosen:
+            table.update(readme, results.load(path), check=check)
     except BenchError as error:
         Console(stderr=True).print(f"bench: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from error

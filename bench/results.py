@@ -23,6 +23,7 @@ from bench.samples import Spread, paired_ratios, spread
 FORMAT = 1
 """Raised when the meaning of a field changes; files of another format are refused."""
 RESULT_GLOB = "engine-*.json"
+PREFETCH_GLOB = "prefetch-*.json"
 
 Scalar = str | int | float | bool | None
 
@@ -226,11 +227,11 @@ def put_row(result: ResultFile, row: Row | NotRun) -> None:
         result.not_run.append(row)
 
 
-def newest(folder: pathlib.Path) -> pathlib.Path:
+def newest(folder: pathlib.Path, pattern: str = RESULT_GLOB) -> pathlib.Path:
     """The result file started last. Raises ``BenchError`` if there is none."""
-    files = sorted(folder.glob(RESULT_GLOB), key=lambda path: load(path).started)
+    files = sorted(folder.glob(pattern), key=lambda path: load(path).started)
     if not files:
-        raise BenchError(f"no {RESULT_GLOB} in {folder.name}/: run `python -m bench run` first")
+        raise BenchError(f"no {pattern} in {folder.name}/: run `python -m bench run` first")
     return files[-1]
 
 

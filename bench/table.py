@@ -10,6 +10,7 @@ import pathlib
 
 import msgspec
 
+from bench import prefetch_table
 from bench.results import BenchError, NotRun, ResultFile, Row
 from bench.samples import Spread
 
@@ -28,6 +29,11 @@ _VERDICTS = {"met": "✓", "missed": "✗ missed", "shown": ""}
 
 def render(result: ResultFile) -> str:
     """The table and one line on how it was measured, without the markers."""
+    if result.rows and all(row.figure.startswith(_PREFETCH) for row in result.rows):
+        ahead = prefetch_table.render(
+            result.rows, result.not_run, number=_number, size=_size, verdict=lambda row: _VERDICTS[row.verdict()]
+        )
+        return "\n".join([*ahead, "", _how(result)])
     lines = [*_HEAD]
     lines += [_row_text(row) for row in result.rows]
     lines += [_not_run_text(row) for row in result.not_run]
@@ -48,7 +54,9 @@ def replace(readme: str, result: ResultFile) -> str:
     if PREFETCH_BEGIN not in readme:
         return f"{before}{BEGIN}\n{render(result)}\n{END}{after}"
     ahead, others = _only(result, ahead=True), _only(result, ahead=False)
-    text = f"{before}{BEGIN}\n{render(others)}\n{END}{after}"
+    text = readme
+    if others.rows or others.not_run:
+        text = f"{before}{BEGIN}\n{render(others)}\n{END}{after}"
     if not ahead.rows and not ahead.not_run:
         return text  # this run did not measure it: what stands there stays
     before, _, rest = text.partition(PREFETCH_BEGIN)

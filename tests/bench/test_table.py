@@ -69,3 +69,27 @@ def test_the_command_writes_and_checks(tmp_path: pathlib.Path, sample: ResultFil
     sample.rows.pop()
     results.save(file, sample)
     assert runner.invoke(app, [*arguments, "--check"]).exit_code == 1
+
+
+def test_reading_ahead_has_a_table_of_its_own_and_leaves_the_other_alone(sample: ResultFile) -> None:
+    series = {
+        name: results.make_series(name, "s", [1.0, 1.0])
+        for name in ("stalled", "without prefetch", "without prefetch, stalled")
+    }
+    decode = msgspec.structs.replace(
+        sample.rows[1], figure="prefetch_decode", variant="0.25", extra=list(series.values())
+    )
+    layer = msgspec.structs.replace(sample.rows[1], figure="prefetch_first_layer")
+    ahead = msgspec.structs.replace(sample, rows=[decode, layer], not_run=[])
+    readme = f"{README}{table.PREFETCH_BEGIN}\nnone\n{table.PREFETCH_END}\n"
+    text = table.replace(readme, ahead)
+    assert text.startswith(README), "a file without other rows does not empty their table"
+    lines = [line for line in text[len(README) :].splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {11}
+    assert "| 0.25 × |" in lines[2]
+    assert "✗ missed" in lines[2]
+    assert f"{layer.title}, " in text
+    assert table.in_step(text, ahead)
+    both = table.replace(text, sample)
+    assert table.PREFETCH_BEGIN in both
+    assert lines[2] in both, "and the other way round"
