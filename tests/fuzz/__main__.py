@@ -1,6 +1,6 @@
 """The long fuzz: ``python -m tests.fuzz --seconds 60 [--target recovery]``, with atheris where it is installed.
 
-Without it hypothesis generates the inputs. Each target gets its share of the time; a failing input is printed as
+Without it a seeded generator makes the inputs. Each target gets its share of the time; a failing input is printed as
 bytes to be added to ``FOUND`` in ``test_fuzz.py``.
 """
 
@@ -26,34 +26,13 @@ INPUT_BYTES_MAX = 1000
 
 def fuzz_with_atheris(name: str, seconds: float, seed: int) -> int:
     """In a process of its own, because libFuzzer ends its process; how many inputs it tried. Ends us on a failure."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz",
-        "--atheris-child",
-        name,
-        "--seconds",
-        str(seconds),
-        "--seed",
-        str(seed),
-    ]
+    command = [sys.executable, "-m", "tests.fuzz.guided", name, str(seconds), str(seed)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     runs = re.findall(r"^Done (\d+) runs", done.stderr, flags=re.MULTILINE)
     if done.returncode or not runs:
         raise SystemExit(f"{name} broke its promise:\n{done.stderr[-4000:]}")
     print(f"{name}: {runs[-1]} inputs")
     return int(runs[-1])
-
-
-def atheris_child(name: str, seconds: float, seed: int) -> None:
-    """Never returns."""
-    import atheris
-
-    target = TARGETS[name]
-    atheris.instrument_all()
-    limits = [f"-max_total_time={max(1, round(seconds))}", f"-max_len={INPUT_BYTES_MAX}", f"-seed={seed + 1}"]
-    atheris.Setup([sys.argv[0], *limits], target)
-    atheris.Fuzz()
 
 
 def fuzz_at_random(name: str, seconds: float, seed: int) -> int:
@@ -82,11 +61,8 @@ def main() -> int:
     parser.add_argument("--target", choices=sorted(TARGETS), help="only this one")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs, without atheris")
     parser.add_argument("--result", type=Path, help="write what was done to this JSON file as well")
-    parser.add_argument("--atheris-child", choices=sorted(TARGETS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # a store says why it does not use a checkpoint, thousands of times
-    if options.atheris_child:
-        atheris_child(options.atheris_child, options.seconds, options.seed)
     provenance_before = provenance()
     names = [options.target] if options.target else list(TARGETS)
     share = options.seconds / len(names)

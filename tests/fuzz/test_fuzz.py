@@ -93,6 +93,6 @@ def test_the_long_form_runs() -> None:
 
 def test_the_coverage_guided_harness_runs() -> None:
     pytest.importorskip("atheris", reason="atheris is not installed: pip install atheris runs the coverage-guided fuzz")
-    command = [sys.executable, "-m", "tests.fuzz", "--seconds", "1", "--atheris-child", "footer"]
+    command = [sys.executable, "-m", "tests.fuzz.guided", "footer", "1", "0"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
