@@ -91,7 +91,11 @@ class StoreConfig:
     shm_bytes: int = GIB
     """Size of the arena, reserved at open."""
     disk_bytes: int | None = None
-    """Budget of the segment files; ``None``: what the file system has free, less a reserve."""
+    """Budget of the segment files of this writer, never exceeded; ``None``: what the file system has."""
+    when_full: Literal["evict", "refuse"] = "evict"
+    """A file system without room: ``evict`` the coldest blocks, or ``refuse`` (``flush`` raises ``TierFullError``)."""
+    compaction_bandwidth: int = 256 * MIB
+    """Bytes per second that compaction copies at leisure; 0: no compaction, what is live in a victim is evicted."""
     arena: str | None = None
     """Name of the arena file in ``shm_dir``; ``None``: derived from user and root, see ``arena_name``."""
     shm_dir: str = "/dev/shm"
@@ -153,6 +157,7 @@ _RANGES = {
     "disk_bytes": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),
     "segment_bytes": _Range(MIB, 64 * GIB, ALIGNMENT_BYTES, size=True),
     "request_bytes_max": _Range(ALIGNMENT_BYTES, GIB, ALIGNMENT_BYTES, size=True),
+    "compaction_bandwidth": _Range(0, SIZE_BYTES_MAX, size=True),
     "requests_in_flight_max": _Range(1, 4096),
     "bytes_in_flight_max": _Range(ALIGNMENT_BYTES, SIZE_BYTES_MAX, size=True),
     "tail_bytes_max": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),

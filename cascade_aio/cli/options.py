@@ -30,6 +30,8 @@ SETTING_HELP = {
     "root": "Directory of the segment files.",
     "shm_bytes": "Size of the arena, such as 64GiB.",
     "disk_bytes": "Budget of the segment files, such as 1TiB; none: what is free.",
+    "when_full": "evict or refuse: what a file system without room leads to.",
+    "compaction_bandwidth": "Bytes per second that compaction copies; 0: none.",
     "arena": "Name of the arena file; a command that needs one only for a moment makes its own.",
     "shm_dir": "Directory of the arena file.",
     "io_backend": "auto, uring or threads.",

@@ -20,6 +20,9 @@ DEAD_SHARE_MAX = 0.3
 DEAD_SHARE_MIN = 0.05
 """A segment with less than this dead is left alone: twenty bytes copied for each that comes back."""
 
+FULL_DEAD_SHARE_MIN = 0.01
+"""A compaction of everything rewrites for this share of dead bytes: headers of notes are always dead."""
+
 CHEAP_LIVE_SHARE = 0.25
 """A segment with at most this share alive is a bargain whatever the others look like."""
 
@@ -101,7 +104,31 @@ def choose_victims(
             if use.number not in chosen and live + use.live_bytes <= output_bytes_max:
                 chosen.append(use.number)
                 live += use.live_bytes
+    if not freed and len(chosen) < 2:
+        return []  # one small segment made into another
     return chosen
+
+
+def choose_group(uses: Sequence[SegmentUse], output_bytes_max: int) -> list[SegmentUse]:
+    """For a compaction of everything: the next segments to go into one, oldest data first; the dead before all."""
+    dead = [use for use in uses if not use.live_bytes]
+    if dead:
+        return dead
+    group: list[SegmentUse] = []
+    live = 0
+    for use in sorted(uses, key=lambda use: (-use.age, use.number)):
+        if group and live + use.live_bytes > output_bytes_max:
+            break
+        group.append(use)
+        live += use.live_bytes
+    return group
+
+
+def is_worth_rewriting(group: Sequence[SegmentUse], output_bytes_max: int) -> bool:
+    """Whether somebody who asks for all of the space gets anything for copying this group."""
+    live = sum(use.live_bytes for use in group)
+    merges = len(group) > 1 and live <= output_bytes_max
+    return merges or dead_share(group) >= FULL_DEAD_SHARE_MIN
 
 
 def _small(uses: Iterable[SegmentUse], segment_bytes: int) -> list[SegmentUse]:

@@ -173,15 +173,16 @@ class Recovery:
     async def facts_of(self, number: int) -> AsyncIterator[Fact]:
         """Everything a sealed segment says, once more and from its start: before it is removed.
 
-        Raises ``OSError`` if not all of it can be read, ``CorruptionError`` if it is damaged otherwise than its
-        sealer knew: it is not to be removed then, because it may say more.
+        Of damage only what its sealer knew is told. Raises ``OSError`` if not all of it can be read,
+        ``CorruptionError`` if it is damaged otherwise: it is not to be removed then, because it may say more.
         """
         entry = dataclasses.replace(self._table[number], scanned_bytes=0, unreadable=False)
         recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, RecoveryReport())
         async for fact in recovery.facts(adopt=False, search_bytes=None):
             if isinstance(fact, DamageFact):
                 if fact.reason == SEALED_DAMAGE:
-                    continue  # reported at every opening, and lost whether the file stays or goes
+                    yield fact  # reported at every opening; nothing comes of it any more
+                    continue
                 if entry.unreadable:
                     raise OSError(errno.EIO, fact.reason, fact.path)
                 raise CorruptionError(fact.reason, path=fact.path, segment=fact.segment, offset=fact.offset)

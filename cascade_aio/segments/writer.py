@@ -63,6 +63,9 @@ SHORTAGE_SECONDS_MAX = 30.0
 DUE_SECONDS = 1e-6
 """What is due so soon is due now: a timer this short may end without the clock having moved, and again, for ever."""
 
+NAMES_IN_HEADER_MAX = 64
+"""More prefix keys than fit the single header page of most records."""
+
 NOTE_BYTES_MAX = fmt.HEADER_PAGES_MAX * PAGE_BYTES
 
 _SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR})
@@ -86,6 +89,10 @@ class SpaceGate(Protocol):
         there is nothing to give up."""
         ...
 
+    def ended(self) -> None:
+        """A segment gets no more bytes: what is dead in it can be reclaimed."""
+        ...
+
 
 class OpenGate:
     """No budget and nothing to give up."""
@@ -97,6 +104,9 @@ class OpenGate:
 
     async def make_room(self, nbytes: int, *, disk_full: bool) -> bool:
         return False
+
+    def ended(self) -> None:
+        return
 
 
 class BudgetError(OSError):
@@ -219,6 +229,10 @@ class SegmentWriter:
     def broken(self) -> bool:
         return self._broken is not None
 
+    def capacity_for(self, nbytes: int) -> int:
+        """Bytes of the smallest segment in which a record of ``nbytes`` is written."""
+        return max(self.limits.segment_bytes, _capacity_for(nbytes, NAMES_IN_HEADER_MAX))
+
     @property
     def last_ticket(self) -> int:
         """Number of the newest append."""
@@ -233,6 +247,12 @@ class SegmentWriter:
     def complete(self) -> bool:
         """Whether everything appended so far is on stable storage or still on its way there: nothing was given up."""
         return self._broken is None and not self._gave_up
+
+    @property
+    def ending(self) -> bool:
+        """Whether a segment is about to be sealed or given up."""
+        spare = self._prepared is not None and self._prepared.done()
+        return len(self._segments) > (self._active is not None) + spare
 
     def append(self, record: PendingRecord) -> None:
         """Queue a block. Never blocks. Raises ``ClosedError`` or ``BrokenTierError``, and then took nothing."""
@@ -349,6 +369,7 @@ class SegmentWriter:
         self._segments.discard(segment)
         await segment.close()
         segment.entry.writing = False
+        self.gate.ended()
 
     async def _finish(self) -> None:
         if self._prepared is not None:

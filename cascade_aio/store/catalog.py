@@ -170,6 +170,10 @@ class Catalog:
     def admit(self, copy: Copy, row: int) -> None:
         """Seal ``copy`` as the resident copy of ``row``: readable from now on."""
         assert row not in self.copies, row
+        for number, stamp in index.newest_stamps().items():
+            entry = self.segments.get(number)
+            if entry is not None:
+                entry.newest_stamp = stamp
         copy.state = advance(copy.state, CopyEvent.SEAL)
         copy.row = row
         self.note_use(copy)
@@ -330,3 +334,6 @@ class Catalog:
             self.shm_policy.touch(row)
         if self.disk_policy is not None and row in self.disk_policy:
             self.disk_policy.touch(row)
+        entry = self.segments.get(location.segment)
+        if entry is not None:
+            entry.newest_stamp = max(entry.newest_stamp, stamp)

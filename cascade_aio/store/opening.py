@@ -49,7 +49,7 @@ from cascade_aio.tiers.shm import ShmTier
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"prefix-lru": PrefixLru, "hit-density": HitDensity}
 """By the name that the setting ``eviction`` gives them; each tier has its own."""
 
-SEGMENTS_PER_BUDGET_MIN = 8
+SEGMENTS_PER_BUDGET = 16
 """With a disk budget, segments are at most this part of it, so that space comes back in small steps."""
 
 _SEGMENT_BYTES_MIN = 1 << 20
@@ -58,6 +58,9 @@ SYNC_BYTES_MIN = 256 << 20
 """A sync makes the device drop everything else for some milliseconds: without a flush that asks for
 one, it is due only when half of what may be undurable waits for it, and this at least."""
 
+
+SEGMENTS_PER_BUDGET_MIN = 8
+"""A budget of fewer of the smallest segments is refused."""
 
 def open_store(root: str | os.PathLike[str] | StoreConfig, **settings: Any) -> StoreOpening:
     """Open (or create) the store in the directory ``root``.
@@ -165,7 +168,8 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     loop = asyncio.get_running_loop()
     shm = ShmTier(arena, platform.engine, storage, register=config.register_buffers)
     policy = POLICIES[config.eviction]
-    disk_policy = None if config.disk_bytes is None else policy()
+    evicts = config.disk_bytes is not None or config.when_full == "evict"
+    disk_policy = policy() if evicts and not config.read_only else None
     catalog = Catalog(shm, table, policy(), disk_policy, blocks_max=config.index_blocks_max)
     backlog_bytes_max = config.shm_bytes // 2 if config.tail_bytes_max is None else config.tail_bytes_max
     writer = SegmentWriter(
@@ -195,16 +199,14 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
         background.spawn(writer.run(), "cascade-segment-writer")
     getter = Getter(context)
     prefetcher = Prefetcher(context, getter)
-    space = SpaceKeeper(context)
-    context.on_written = space.check
+    space = SpaceKeeper(context, root, claim)
+    if not config.read_only:
+        background.spawn(space.run(), "cascade-space")
     undo.push(context.tasks.close)
     undo.push_sync(prefetcher.close)
     context.tasks.spawn(_prefault(context), "cascade-prefault")
-    if config.disk_bytes is not None:
-        context.tasks.spawn(space.run(), "cascade-space")
     if config.adopt_seconds is not None and not config.read_only:
         context.tasks.spawn(adopter.run(config.adopt_seconds), "cascade-adopter")
-    space.check()
     context.stripe = stripe
     context.closers = undo.steps
     return Store(context, getter, Putter(context, getter), space, prefetcher)
@@ -233,8 +235,8 @@ def _fitted(config: StoreConfig) -> StoreConfig:
     """Segments small enough that a disk budget can be kept by removing whole ones."""
     if config.disk_bytes is None:
         return config
-    largest = config.disk_bytes // SEGMENTS_PER_BUDGET_MIN // PAGE_BYTES * PAGE_BYTES
-    if largest < _SEGMENT_BYTES_MIN:
-        least = _SEGMENT_BYTES_MIN * SEGMENTS_PER_BUDGET_MIN
+    largest = max(_SEGMENT_BYTES_MIN, config.disk_bytes // SEGMENTS_PER_BUDGET // PAGE_BYTES * PAGE_BYTES)
+    least = _SEGMENT_BYTES_MIN * SEGMENTS_PER_BUDGET_MIN
+    if config.disk_bytes < least:
         raise ConfigError(f"disk_bytes={config.disk_bytes} is too small for a store; use at least {least}")
     return dataclasses.replace(config, segment_bytes=min(config.segment_bytes, largest))

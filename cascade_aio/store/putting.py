@@ -169,6 +169,7 @@ class Putter:
         """Room for the record in the arena, after the segment writer has caught up enough."""
         context = self._context
         context.room.check_size(draft.record_bytes)
+        context.disk.check_record(draft.record_bytes)
         wait_s = context.config.put_wait_seconds_max
         await context.disk.wait_backlog(draft.record_bytes, wait_s)
         return await context.room.reserve(draft.record_bytes, demand=False, wait_s=wait_s)

@@ -1,266 +1,458 @@
-"""The disk budget: which blocks leave the disk, and how their bytes come back.
+"""Space on disk: when segments are compacted, what is evicted, and who may create new ones.
 
-Segments are append-only, so space returns only by removing whole files. When this writer's segments
-near ``disk_bytes``, the coldest blocks (by the disk tier's eviction policy, children before parents)
-are forgotten until enough finished segments are mostly dead; what is still live in them is written
-again if the arena has it, else forgotten too; notes that still matter are carried on (``NoteCarrier``).
+Segments are append-only, so space returns only by removing whole files (``Compactor``). Three causes:
 
-A segment from which something was written again is *leaving*: it is unlinked only after a flush that
-covers what was written, however many attempts that takes, and is emptied only once. So a crash at any
-point leaves the old file or the new records, never neither. On a disk without room only segments go
-from which nothing has to be written. A writer that is broken reclaims nothing, and a segment whose
-notes cannot be read stays. Puts wait while the files are over the budget itself.
+* *dead bytes*: what deletions, evictions and duplicates leave behind is compacted in the background,
+  at ``compaction_bandwidth`` and in the lowest class of I/O, once it is worth it (``core.compaction``);
+* *the budget*: files of this writer, preallocation included, never take more than ``disk_bytes``. Every
+  new segment is asked for here (``SpaceGate``); one segment's worth is kept for compaction itself. Near
+  the budget the coldest blocks are forgotten, by the disk tier's eviction policy and children before
+  parents, until a segment is worth compacting; ahead of need at leisure, without pause and only from
+  segments that are mostly dead when the writer waits;
+* *a full disk*: with ``when_full="evict"`` it is met in the same way, else told to whoever flushes.
+
+Where nothing can be copied (compaction is off, the disk has no room for the copy) what is still live in
+a victim is evicted with it; its deletions are never given up while they matter. A root that was opened
+over its budget comes down to it before anything is added. A writer that is broken reclaims nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
+import contextlib
+import dataclasses
+import errno
 import logging
+from collections.abc import Callable, Iterable, Sequence
 
-from cascade_aio.core.lifecycle import CopyState
-from cascade_aio.errors import BrokenTierError, CorruptionError, TierFullError
-from cascade_aio.segments.table import SegmentEntry
+from cascade_aio.config import format_size
+from cascade_aio.core.compaction import (
+    CHEAP_LIVE_SHARE,
+    DEAD_SHARE_MAX,
+    SegmentUse,
+    choose_group,
+    choose_victims,
+    dead_share,
+    is_due,
+    is_worth_rewriting,
+)
+from cascade_aio.errors import BlockTooLargeError, CascadeError, TierFullError
+from cascade_aio.segments.copying import Pace
+from cascade_aio.segments.layout import Root, WriterClaim
+from cascade_aio.segments.writer import DUE_SECONDS
+from cascade_aio.store.compacting import STEP_BLOCKS, Compactor
 from cascade_aio.store.context import StoreContext
-from cascade_aio.store.notes import NoteCarrier, Notes
+from cascade_aio.store.tombstones import TombstoneJudge
 
 logger = logging.getLogger("cascade_aio.store")
 
-SPARE_SEGMENTS = 2
-"""Free segments the budget keeps: one being filled, one created ahead of time."""
+POLL_SECONDS = 1.0
+"""How often an idle keeper looks for dead bytes: nobody tells when a segment is sealed or a block dies."""
 
-DEAD_SHARE_MIN = 0.75
-"""A segment is taken once this share of it is dead (or nothing more can be evicted)."""
+RETRY_SECONDS = 5.0
+"""Pause after compaction at leisure has failed."""
 
-_STEP_BLOCKS = 128
-"""Blocks evicted between two turns of the loop."""
+BURST_SECONDS = 0.1
+"""Compaction may run ahead of its bandwidth by so much: one step is not cut in pieces."""
 
-RETRY_SECONDS = 1.0
-"""Pause after a reclaim that could not finish (disk full, nothing to remove yet)."""
+STEPS_PER_SEGMENT = 16
+"""So much of a segment is evicted before another look whether that is enough."""
 
-UNREADABLE_SECONDS = 60.0
-"""A segment whose notes could not be read is not looked at again for so long."""
+DROP_LOOKS_MAX = 8
+"""Without room for a copy so many of the emptiest segments are looked at."""
 
-_DISPOSABLE_LOOKS = 4
-"""On a full disk so many of the emptiest segments are looked at, and so many of the oldest."""
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompactionReport:
+    """What one ``compact`` did. Bytes are of files; ``kept_aside``: segments left because of damage."""
+
+    segments_before: int
+    segments_after: int
+    bytes_before: int
+    bytes_after: int
+    copied_blocks: int
+    copied_bytes: int
+    dropped_tombstones: int
+    kept_aside: int
+
+    @property
+    def freed_bytes(self) -> int:
+        return max(0, self.bytes_before - self.bytes_after)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Waiter:
+    """Somebody who needs a segment of ``nbytes``; ``removed``: segments removed when it began to wait."""
+
+    nbytes: int
+    disk_full: bool
+    removed: int
+    future: asyncio.Future[bool]
 
 
 class SpaceKeeper:
-    """Runs as a background task of a store with ``disk_bytes``; without one it does nothing."""
+    """A background task of every store, and the gate of its segment writer."""
 
-    def __init__(self, context: StoreContext) -> None:
+    def __init__(self, context: StoreContext, root: Root, claim: WriterClaim) -> None:
+        config = context.config
         self._context = context
+        self._budget = config.disk_bytes
+        self._bandwidth = config.compaction_bandwidth
+        self._segment_bytes = config.segment_bytes
+        self._judge = TombstoneJudge(context)
+        self._compactor = Compactor(context, root, claim, self._judge)
+        self._turn = asyncio.Lock()
         self._needed = asyncio.Event()
-        self._budget = context.config.disk_bytes
-        self._notes = NoteCarrier(context)
-        self._leaving: dict[int, SegmentEntry] = {}
-        self._unreadable_until_s: dict[int, float] = {}
-        self.reclaimed_segments = 0
-        self.reclaimed_bytes = 0
+        self._hurry = asyncio.Event()
+        self._waiters: list[_Waiter] = []
+        self._leisure_from_s = 0.0
+        self.may_evict = config.when_full == "evict"
         self.evicted_blocks = 0
-        self.rewritten_blocks = 0
-        context.disk.over_budget = self._holds_back
+        context.disk.writer.gate = self
+        context.disk.check_record = self.check_record
+
+    # -- the gate ----------------------------------------------------------------------------------
 
     @property
     def used_bytes(self) -> int:
         """What this writer's segments take on disk, preallocation included."""
-        return sum(self._size(entry) for entry in self._context.disk.table if entry.own)
+        return sum(entry.allocated_bytes for entry in self._context.disk.table if entry.own)
 
-    def _size(self, entry: SegmentEntry) -> int:
-        segment_bytes = self._context.config.segment_bytes
-        return entry.size_bytes if entry.sealed else max(entry.size_bytes, segment_bytes)
+    def admits(self, nbytes: int) -> bool:
+        """Whether a segment of ``nbytes`` may be created now. Wakes the keeper if another one would not be."""
+        if self._budget is not None and self._excess_bytes() + nbytes > 0:
+            self._needed.set()
+        return self._fits(nbytes)
 
-    def over_budget(self) -> bool:
-        """Whether the budget itself is exceeded and there is a segment that can be removed."""
-        if self._budget is None or self.used_bytes <= self._budget:
+    def _fits(self, nbytes: int) -> bool:
+        return self._budget is None or self._excess_bytes() + nbytes <= self._segment_bytes
+
+    async def make_room(self, nbytes: int, *, disk_full: bool) -> bool:
+        """See ``SpaceGate``."""
+        if self._context.disk.writer.broken or (disk_full and not self.may_evict):
             return False
-        return bool(self._leaving or self._candidates())
+        removed = self._compactor.counters.removed_segments
+        waiter = _Waiter(nbytes, disk_full, removed, self._context.loop.create_future())
+        self._waiters.append(waiter)
+        self._hurry.set()
+        self._needed.set()
+        try:
+            return await waiter.future
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            if not self._waiters:
+                self._hurry.clear()
 
-    def _holds_back(self) -> bool:
-        """Whether puts wait for space; whoever asks wakes the keeper: a segment may have ended since it looked."""
-        over = self.over_budget()
-        if over:
-            self._needed.set()
-        return over
+    def ended(self) -> None:
+        """See ``SpaceGate``."""
+        self._needed.set()
 
-    def check(self) -> None:
-        """The writer has grown: wake the keeper if the budget is near. Cheap."""
-        if self._excess_bytes() > 0:
-            self._needed.set()
+    def check_record(self, nbytes: int) -> None:
+        """Raises ``BlockTooLargeError`` for a record that can never be written within the budget."""
+        limit = self._context.disk.writer.capacity_for(nbytes) + self._segment_bytes
+        if self._budget is not None and limit > self._budget:
+            raise BlockTooLargeError(
+                f"a block that takes {format_size(nbytes)} on disk does not fit disk_bytes={format_size(self._budget)} "
+                f"beside the {format_size(self._segment_bytes)} that compaction needs; open the store with more"
+            )
 
     def _excess_bytes(self) -> int:
-        """What is to be removed, so that the spare segments are free again; 0 or less for nothing."""
+        """What is to be removed, so that the next segment can be created at once; 0 or less for nothing."""
         if self._budget is None:
             return 0
-        return self.used_bytes + SPARE_SEGMENTS * self._context.config.segment_bytes - self._budget
+        output = self._compactor.output
+        others = self.used_bytes - (0 if output is None else output.allocated_bytes)
+        return others + 2 * self._segment_bytes - self._budget  # the next one, and one for compaction
+
+    def _serve(self) -> None:
+        """Answer those who have got what they waited for."""
+        removed = self._compactor.counters.removed_segments
+        for waiter in self._waiters:
+            served = removed > waiter.removed if waiter.disk_full else self._fits(waiter.nbytes)
+            if served and not waiter.future.done():
+                waiter.future.set_result(True)
+
+    @staticmethod
+    def _refuse(waiters: Iterable[_Waiter]) -> None:
+        """Nothing more can be done for these."""
+        for waiter in waiters:
+            if not waiter.future.done():
+                waiter.future.set_result(False)
+
+    # -- the background ----------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Reclaim whenever needed, until cancelled."""
-        while True:
-            await self._wait()
-            while self._excess_bytes() > 0 or self._leaving:
-                try:
-                    if not await self._reclaim():
-                        break
-                except (OSError, TierFullError, BrokenTierError, CorruptionError) as error:
-                    logger.warning("space on %s could not be reclaimed now: %s", self._context.config.root, error)
-                    await asyncio.sleep(RETRY_SECONDS)
+        try:
+            while True:
+                await self._wait()
+                asking: list[_Waiter] = []
+                progress = True
+                while progress:
+                    asking = list(self._waiters)
+                    progress = await self._stepped()
+                    self._serve()
+                if not self._context.disk.writer.ending:  # else there is more to look at in a moment
+                    self._refuse(asking)
+        finally:
+            self._refuse(self._waiters)
 
     async def _wait(self) -> None:
-        """Until there may be something to do: told so, or, while there is too much on disk, after a pause.
-
-        Segments become removable when they are sealed, of which nobody tells.
-        """
-        pause_s = RETRY_SECONDS if self._excess_bytes() > 0 and not self._context.disk.writer.broken else None
         try:
-            async with asyncio.timeout(pause_s):
+            async with asyncio.timeout(POLL_SECONDS):
                 await self._needed.wait()
         except TimeoutError:
             return
         finally:
             self._needed.clear()
 
-    async def _reclaim(self) -> bool:
-        """Remove as many segments as the budget asks for; ``False`` if there is none to remove now."""
-        writer = self._context.disk.writer
-        if writer.broken:
-            return False
-        if writer.full:
-            return await self._reclaim_on_full_disk()
-        found = bool(self._leaving)
-        while self._excess_after_leaving() > 0 and (victim := await self._next_victim()) is not None:
-            found = await self._empty(victim) or found
-        if self._leaving:
-            await self._remove_leaving()
-        return found
-
-    def _excess_after_leaving(self) -> int:
-        return self._excess_bytes() - sum(self._size(entry) for entry in self._leaving.values())
-
-    async def _empty(self, victim: SegmentEntry) -> bool:
-        """Take out of ``victim`` what is still needed, and remove it, now or after a flush; ``False`` if it stays."""
+    async def _stepped(self) -> bool:
+        """One step; ``False`` if there is none to do, or it failed."""
         try:
-            notes = await self._notes.read(victim)
-            may_drop = bool(notes.tombstones) and await self._notes.may_drop()
-        except (OSError, CorruptionError) as error:
-            self._set_aside(victim, error)
+            async with self._turn:
+                return await self._step()
+        except (OSError, CascadeError) as error:
+            logger.warning("space on %s could not be reclaimed now: %s", self._context.config.root, error)
+            self._leisure_from_s = self._context.loop.time() + RETRY_SECONDS
             return False
-        # From here to the end of the block no await: what is decided is still true when it is done.
-        rewritten, waits = self._rewrite_or_forget(victim)
-        waits = self._notes.carry(victim, notes, rewritten, may_drop=may_drop) or waits
-        if waits:
-            self._leaving[victim.number] = victim
-        else:
-            await self._remove(victim)
-        return True
 
-    def _set_aside(self, victim: SegmentEntry, error: Exception) -> None:
-        until_s = self._context.loop.time() + UNREADABLE_SECONDS
-        self._unreadable_until_s[victim.number] = until_s
-        logger.warning("segment %s cannot be removed for now, its notes are unreadable: %s", victim.name, error)
+    async def _step(self) -> bool:
+        if self._context.disk.writer.broken:
+            return False
+        self._judge.settled_stamp()
+        waiting = [waiter for waiter in self._waiters if not waiter.future.done()]
+        if waiting or self._excess_bytes() > 0:
+            return await self._reclaim(hurry=bool(waiting))
+        if not self._bandwidth or self._context.closed or self._context.loop.time() < self._leisure_from_s:
+            return False
+        uses = self._uses()
+        if is_due(uses, self._segment_bytes):
+            return await self._round(uses, self._pacer(self._bandwidth))
+        if self._judge.is_due and await self._judge.look(stop=lambda: bool(self._waiters)):
+            self._compactor.forget_needless()
+        return False
 
-    async def _remove_leaving(self) -> None:
-        """Unlink what was emptied, once what was written again is durable. Raises what flush raises."""
-        leaving = list(self._leaving.values())
-        await self._context.disk.flush()
-        for victim in leaving:
-            await self._remove(victim)
-
-    async def _reclaim_on_full_disk(self) -> bool:
-        """Nothing can be written: remove one segment that needs nothing written. ``False`` if there is none."""
-        if self._excess_bytes() <= 0:
-            raise TierFullError(f"{len(self._leaving)} segments wait until what was in them is written again")
-        candidates = self._candidates()
-        emptiest = heapq.nsmallest(_DISPOSABLE_LOOKS, candidates, key=_fullness)
-        oldest = heapq.nsmallest(_DISPOSABLE_LOOKS, candidates, key=lambda entry: entry.identity.sequence)
-        disposable = await self._notes.first_disposable(dict.fromkeys([*emptiest, *oldest]))
-        if disposable is None:
-            raise TierFullError("every segment holds deletions or names to be kept, for which there is no room")
-        victim, notes = disposable
-        self._forget_all(victim, notes)
-        await self._remove(victim)
-        return True
-
-    def _forget_all(self, victim: SegmentEntry, notes: Notes) -> None:
-        catalog = self._context.catalog
-        for row in catalog.index.rows_in_segment(victim.number).tolist():
-            catalog.unplace(row)
-            self.evicted_blocks += 1
-        self._notes.give_up(notes)
-
-    async def _remove(self, victim: SegmentEntry) -> None:
-        assert not self._context.catalog.index.rows_in_segment(victim.number).size, victim.name
-        nbytes = self._size(victim)
-        self._notes.removed(victim)
-        await self._context.disk.remove_segment(victim.number)
-        self._leaving.pop(victim.number, None)
-        self._unreadable_until_s.pop(victim.number, None)
-        self.reclaimed_segments += 1
-        self.reclaimed_bytes += nbytes
-        self._context.disk.space_freed()
-
-    def _candidates(self) -> list[SegmentEntry]:
-        """Finished segments of this writer that are not leaving and whose notes can be read, as far as is known."""
-        now_s = self._context.loop.time()
+    def _uses(self) -> list[SegmentUse]:
+        """Segments that may be compacted now."""
+        now = self._context.disk.clock.last
         return [
-            entry
+            SegmentUse(
+                entry.number,
+                entry.record_bytes if entry.sealed else entry.allocated_bytes,
+                entry.live_bytes + entry.kept_bytes,
+                max(0, now - entry.newest_stamp) / 1e9,
+            )
             for entry in self._context.disk.table
-            if entry.own
-            and not entry.writing
-            and not getattr(entry, "unreadable", False)
-            and entry.number not in self._leaving
-            and self._unreadable_until_s.get(entry.number, now_s) <= now_s
+            if self._compactor.may_go(entry)
         ]
 
-    async def _next_victim(self) -> SegmentEntry | None:
-        """Forget the coldest blocks until a segment is mostly dead."""
-        policy = self._context.catalog.disk_policy
-        assert policy is not None
-        steps = 0
-        while True:
-            victim = min(self._candidates(), key=_fullness, default=None)
-            if victim is None or victim.live_bytes <= (1 - DEAD_SHARE_MIN) * victim.record_bytes:
-                return victim
-            row = policy.victim()
-            if row is None:
-                return victim
-            self.evicted_blocks += 1
-            self._context.catalog.unplace(row)
-            steps += 1
-            if steps % _STEP_BLOCKS == 0:
-                await asyncio.sleep(0)
+    async def _round(self, uses: Sequence[SegmentUse], pace: Pace) -> bool:
+        """Compact the best of ``uses``; whether anything has changed. Raises ``OSError``."""
+        numbers = choose_victims(
+            uses,
+            output_bytes_max=self._segment_bytes,
+            need_bytes=self._segment_bytes // 2,
+            segment_bytes=self._segment_bytes,
+        )
+        victims = [self._context.disk.table[number] for number in numbers]
+        if not victims:
+            return False
+        removed = await self._compactor.compact(victims, self._segment_bytes, pace)
+        return removed > 0 or not all(self._compactor.may_go(victim) for victim in victims)
 
-    def _rewrite_or_forget(self, victim: SegmentEntry) -> tuple[set[bytes], bool]:
-        """What is live in it leaves it: (the blocks written again, with all of their names; whether any is on
-        its way to another segment)."""
+    def _pacer(self, bandwidth: int | None, moved: Callable[[int], None] = lambda nbytes: None) -> Pace:
+        """Keeps to ``bandwidth`` (bytes per second, ``None``: as it comes), unless somebody waits for the space."""
+        loop = self._context.loop
+        paid_until_s = 0.0
+
+        async def pace(nbytes: int) -> None:
+            nonlocal paid_until_s
+            moved(nbytes)
+            if not bandwidth or self._hurry.is_set():
+                await asyncio.sleep(0)
+                return
+            paid_until_s = max(paid_until_s, loop.time() - BURST_SECONDS) + nbytes / bandwidth
+            delay_s = paid_until_s - loop.time()
+            if delay_s <= DUE_SECONDS:
+                await asyncio.sleep(0)
+                return
+            try:
+                async with asyncio.timeout(delay_s):
+                    await self._hurry.wait()
+            except TimeoutError:
+                return
+
+        return pace
+
+    # -- the budget, and a full disk -----------------------------------------------------------------
+
+    async def _reclaim(self, *, hurry: bool) -> bool:
+        """Make some room; ``False`` if there is none to be made."""
+        uses = await self._worthwhile(cheap_only=hurry or not self._bandwidth)
+        if not self._bandwidth and uses:  # nothing is copied but what must not be lost
+            emptiest = min(uses, key=_fullness).number
+            self._evict(emptiest)
+            uses = [use for use in self._uses() if use.number == emptiest]
+        try:
+            return await self._round(uses, self._pacer(None if hurry else self._bandwidth))
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            return await self._drop(uses)
+
+    async def _worthwhile(self, *, cheap_only: bool) -> list[SegmentUse]:
+        """Forget the coldest blocks until some segments are worth compacting, or nothing can be forgotten."""
         catalog = self._context.catalog
-        rewritten: set[bytes] = set()
-        waits = False
-        for row in catalog.index.rows_in_segment(victim.number).tolist():
-            copy = catalog.copies.get(row)
-            catalog.unplace(row)
-            if copy is None:
+        policy = catalog.disk_policy
+        while True:
+            uses = self._uses()
+            if not uses:
+                return uses
+            cheap = [use for use in uses if use.live_bytes <= CHEAP_LIVE_SHARE * use.size_bytes]
+            if cheap:
+                return cheap
+            if not cheap_only and dead_share(uses) > DEAD_SHARE_MAX:
+                return uses
+            budget = self._segment_bytes // STEPS_PER_SEGMENT
+            for _ in range(STEP_BLOCKS):
+                row = None if policy is None else policy.victim()
+                if row is None:
+                    return self._uses()
+                budget -= catalog.stored_bytes(row)
                 self.evicted_blocks += 1
+                catalog.unplace(row)
+                if budget <= 0:
+                    break
+            await asyncio.sleep(0)
+
+    async def _drop(self, uses: Sequence[SegmentUse]) -> bool:
+        """Remove one of the emptiest segments with all that is live in it, for want of room to copy anything.
+
+        Its deletions must be of no use to any other segment.
+        """
+        index, facts = self._context.catalog.index, self._context.merger.facts
+        for use in sorted(uses, key=_fullness)[:DROP_LOOKS_MAX]:
+            entry = self._context.disk.table[use.number]
+            notes = await self._compactor.read_notes(entry)
+            if notes is None:
                 continue
-            waits = True
-            if copy.state is CopyState.SEALED:  # else it is being written as it is
-                self.rewritten_blocks += 1
-                rewritten.add(copy.block_id)
-                self._context.append_again(copy)
-        return rewritten, waits
+            needed = {
+                block_id: facts.stamp_min(block_id) - 1
+                for block_id, stamp in notes.tombstones.items()
+                if self._judge.is_needed(block_id, stamp)
+            }
+            if needed and await self._judge.needless(needed, beside=entry) != needed:
+                continue
+            for fact in notes.bindings:
+                row = index.find(fact.block_id)
+                if row >= 0 and index.find_prefix(fact.key) == row:
+                    index.unbind(fact.key)
+            self._evict(entry.number)
+            if await self._compactor.remove([entry]):
+                self._judge.forget(needed)
+                return True
+        return False
+
+    def _evict(self, segment: int) -> None:
+        """Forget what is on disk in this segment only."""
+        catalog = self._context.catalog
+        for row in catalog.index.rows_in_segment(segment).tolist():
+            self.evicted_blocks += 1
+            catalog.unplace(row)
+
+    # -- on demand -----------------------------------------------------------------------------------
+
+    async def compact(
+        self, on_progress: Callable[[int, int], None] | None = None, *, bandwidth: int | None = None
+    ) -> CompactionReport:
+        """See ``Store.compact``."""
+        context = self._context
+        with contextlib.suppress(TierFullError):  # then space is what is needed most
+            await context.disk.flush()
+        await context.disk.writer.rotate()
+        counters = self._compactor.counters
+        before = [entry for entry in context.disk.table if entry.own]
+        bytes_before = sum(entry.allocated_bytes for entry in before)
+        copied = counters.copied_blocks, counters.copied_bytes
+        dropped = await self._look_at_deletions()
+        await self._compact_all(on_progress, bandwidth)
+        after = [entry for entry in context.disk.table if entry.own]
+        return CompactionReport(
+            segments_before=len(before),
+            segments_after=len(after),
+            bytes_before=bytes_before,
+            bytes_after=sum(entry.allocated_bytes for entry in after),
+            copied_blocks=counters.copied_blocks - copied[0],
+            copied_bytes=counters.copied_bytes - copied[1],
+            dropped_tombstones=dropped,
+            kept_aside=sum(entry.damaged or entry.unreadable for entry in after),
+        )
+
+    async def _look_at_deletions(self) -> int:
+        async with self._turn:
+            for _ in range(2):  # the first closes an older mark
+                self._judge.settled_stamp()
+            dropped = await self._judge.look() if len(self._context.merger.facts) else 0
+            self._compactor.forget_needless()
+            return dropped
+
+    async def _compact_all(self, on_progress: Callable[[int, int], None] | None, bandwidth: int | None) -> None:
+        """Every segment there is now once, in groups that fill a new one. What is copied meanwhile is left alone."""
+        table = self._context.disk.table
+        uses = self._uses()
+        todo = {use.number for use in uses}
+        total = sum(use.size_bytes for use in uses)
+        done = moved = 0
+
+        def add(nbytes: int) -> None:
+            nonlocal moved
+            moved += nbytes
+            if on_progress is not None:
+                on_progress(min(done + moved, total), total)
+
+        while group := choose_group([use for use in self._uses() if use.number in todo], self._segment_bytes):
+            async with self._turn:
+                todo.difference_update(use.number for use in group)
+                victims = [entry for use in group if (entry := table.get(use.number)) is not None]
+                if is_worth_rewriting(group, self._segment_bytes):
+                    try:
+                        await self._compactor.compact(victims, self._segment_bytes, self._pacer(bandwidth, add))
+                    except OSError as error:
+                        if error.errno not in _NO_SPACE:
+                            raise
+                        raise TierFullError(
+                            f"{self._context.config.root} has no room for a copy of what is live; nothing is lost: "
+                            f"free up to {format_size(self._segment_bytes)} there, or set disk_bytes, and compact again"
+                        ) from error
+            done, moved = done + sum(use.size_bytes for use in group), 0
+            add(0)
 
     def statistics(self) -> dict[str, object]:
+        """Sizes, counts and write amplification, JSON-ready."""
+        context = self._context
+        own = [entry for entry in context.disk.table if entry.own]
+        counters, writer, put = self._compactor.counters, context.disk.writer.statistics, context.counters
+        fresh = put.put_bytes - put.deduplicated_bytes
+        written = writer.written_bytes + writer.footer_bytes + counters.written_bytes
         return {
             "budget_bytes": self._budget,
-            "used_bytes": self.used_bytes,
-            "reclaimed_segments": self.reclaimed_segments,
-            "reclaimed_bytes": self.reclaimed_bytes,
+            "used_bytes": sum(entry.allocated_bytes for entry in own),
+            "dead_bytes": sum(entry.record_bytes - entry.live_bytes for entry in own),
+            "kept_aside_bytes": sum(entry.allocated_bytes for entry in own if entry.damaged),
+            "unreadable_bytes": sum(entry.allocated_bytes for entry in own if entry.unreadable),
+            "write_amplification": round(written / fresh, 3) if fresh else None,
+            "reclaimed_segments": counters.removed_segments,
+            "reclaimed_bytes": counters.removed_bytes,
             "evicted_blocks": self.evicted_blocks,
-            "rewritten_blocks": self.rewritten_blocks,
-            "rewritten_tombstones": self._notes.rewritten,
-            "dropped_tombstones": self._notes.dropped,
+            "rewritten_blocks": counters.copied_blocks,
+            "rewritten_tombstones": counters.rewritten_tombstones,
+            "dropped_tombstones": self._judge.dropped,
+            "compaction": dataclasses.asdict(counters),
         }
 
 
-def _fullness(entry: SegmentEntry) -> tuple[int, int]:
-    return entry.live_bytes, entry.number
+def _fullness(use: SegmentUse) -> tuple[int, int]:
+    return use.live_bytes, use.number

@@ -19,7 +19,7 @@ from cascade_aio.store.getting import Getter, PrefixLookup
 from cascade_aio.store.prefetching import Prefetcher, PrefetchHandle, PrefetchPriority
 from cascade_aio.store.putting import Putter, ReserveRequest
 from cascade_aio.store.recovering import refresh
-from cascade_aio.store.space import SpaceKeeper
+from cascade_aio.store.space import CompactionReport, SpaceKeeper
 from cascade_aio.store.streaming import BlockStream
 from cascade_aio.store.verifying import VerifyReport, verify_root
 
@@ -317,6 +317,21 @@ class Store:
         """
         self._context.check()
         return await self._context.while_open(verify_root(self._context, on_progress))
+
+    async def compact(
+        self, on_progress: Callable[[int, int], None] | None = None, *, bandwidth: int | str | None = None
+    ) -> CompactionReport:
+        """Bring all dead bytes of this writer's segments back, now; ``on_progress(bytes_done, bytes_total)``.
+
+        What is live in a segment with dead bytes is copied into new ones, each durable before an old one is
+        removed; small segments are merged, deletions that nothing needs any more are dropped. Runs in the lowest
+        class of I/O, at most ``bandwidth`` bytes per second if given. May be cancelled at any point and called
+        again. Damaged records are reported and their segments stay. Raises ``TierFullError`` (no room for a
+        copy), ``BrokenTierError``, ``OSError``; nothing is lost then.
+        """
+        self._context.check()
+        limit = None if bandwidth is None else parse_size(bandwidth)
+        return await self._context.while_open(self._space.compact(on_progress, bandwidth=limit))
 
     async def wait_ready(self) -> None:
         """Return once the whole arena is populated. Not needed before anything; benchmarks use it."""

@@ -48,10 +48,8 @@ class DiskTier:
         self._backlog_bytes_max = backlog_bytes_max
         self._backlog_waiters: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
         self._backlog_closed: BaseException | None = None
-        self.over_budget: Callable[[], bool] = lambda: False
-        """Whether files are over their budget and some are about to be removed: then nothing more is let in."""
-        self.settled_stamp = 0
-        """Everything appended before a stamp up to this one was made is durable."""
+        self.check_record: Callable[[int], None] = lambda nbytes: None
+        """Raises ``BlockTooLargeError`` for a record of so many bytes that can never be written."""
         self._reads = TurnReads(reader)
         self._retracted: set[str] = set()
 
@@ -99,7 +97,6 @@ class DiskTier:
         """Everything appended so far is durable when this returns; errors as ``SegmentWriter.flush``."""
         stamp = self.clock.last
         await self.writer.flush()
-        self.settled_stamp = max(self.settled_stamp, stamp)
 
     def expedite(self) -> None:
         """Somebody waits for arena room that only durable records can give."""
@@ -159,7 +156,7 @@ class DiskTier:
         if writer.full or writer.broken:
             return True
         backlog = writer.backlog_bytes
-        return not self.over_budget() and (not backlog or backlog + nbytes <= self._backlog_bytes_max)
+        return not backlog or backlog + nbytes <= self._backlog_bytes_max
 
     def describe_backlog(self) -> str:
         """For messages: what waits for the disk, and why."""
@@ -169,7 +166,7 @@ class DiskTier:
     # -- room on disk -------------------------------------------------------------------------
 
     def space_freed(self) -> None:
-        """Files were removed: a full writer tries again, and puts that the budget held back go on."""
+        """Files were removed: a full writer tries again."""
         self.writer.space_freed()
         self.backlog_changed()
 

@@ -13,7 +13,7 @@ import cascade_aio as ca
 from tests.faults.conftest import fill
 from tests.faults.harness import Known, make_block, open_at, put
 
-SETTINGS = {"segment_bytes": "4MiB", "shm_bytes": "8MiB", "put_wait_seconds_max": 1.0}
+SETTINGS = {"segment_bytes": "4MiB", "shm_bytes": "8MiB", "put_wait_seconds_max": 1.0, "when_full": "refuse"}
 FLUSH_TRIES = 200
 """A full writer looks for room every two seconds by itself."""
 
@@ -91,6 +91,26 @@ async def test_full_in_the_middle_of_a_stream_of_puts(small_disk: Path) -> None:
         await flush_when_possible(store)
     async with open_at(small_disk / "kv", **SETTINGS) as store:
         await expect(store, more)
+        assert (await store.verify()).damage == ()
+
+
+async def test_a_full_disk_evicts_the_coldest(small_disk: Path) -> None:
+    """As a cache does unless told otherwise: nobody has to make room, and nobody is told."""
+    settings = {**SETTINGS, "when_full": "evict", "put_wait_seconds_max": 30.0}
+    some = blocks(0, 100, 900_000)
+    async with open_at(small_disk / "kv", **settings) as store:
+        for block in some:
+            await put(store, block)
+            await store.flush()
+        disk = store.statistics()["disk"]
+        assert disk["evicted_blocks"] > 0
+        assert disk["reclaimed_segments"] > 0
+        assert not disk["full"]
+        await expect(store, some[-20:])
+        there = [block for block in some if block.block_id in store]
+        assert 20 <= len(there) < len(some)
+    async with open_at(small_disk / "kv", **settings) as store:
+        await expect(store, some[-20:])
         assert (await store.verify()).damage == ()
 
 
