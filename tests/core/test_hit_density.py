@@ -12,10 +12,22 @@ import pytest
 
 from cascade_aio.abc.eviction import EvictionPolicy
 from cascade_aio.core.policies import HitDensity
-from cascade_aio.core.policies.ages import AGES, CLASSES, age_edges
-from cascade_aio.core.policies.density import densities, eviction_order, hazards
-from cascade_aio.core.policies.ghosts import COUNT_MAX, GhostTable
+from cascade_aio.core.policies.ages import AGES, age_edges
+from cascade_aio.core.policies.density import Table, densities, hazards
+from cascade_aio.core.policies.duel import JUDGE_USES, SLOTS_MAX, Duel
+from cascade_aio.core.policies.ghosts import TICK_EVENTS, GhostTable
 from cascade_aio.core.policies.hit_density import NODE_BYTES
+from cascade_aio.core.policies.kinds import (
+    CLASSES,
+    COUNT_MAX,
+    GROUPS,
+    LEARNT,
+    LEARNT_OF_CLASS,
+    LEARNT_USES_BOUNDS,
+    USES_BOUNDS,
+    mean_interval,
+)
+from cascade_aio.core.policies.orders import LEAST_USED, by_density
 from cascade_aio.core.policies.reuse import ReuseSample
 from cascade_aio.core.replay import ReplayTrace, replay
 from cascade_aio.testing.eviction import BLOCK_BYTES, EvictionConformance
@@ -216,24 +228,68 @@ class TestBounds:
 class TestGhosts:
     def test_a_ghost_is_taken_once(self) -> None:
         table = GhostTable(1 << 10)
-        table.put(12345 << 20, 3, 2)
-        assert table.look(12345 << 20) == (3, 2)
-        assert table.take(12345 << 20) == (3, 2)
-        assert table.take(12345 << 20) == (0, 0)
+        table.put(12345 << 40, 3, 2, 10 * TICK_EVENTS + 5)
+        assert table.look(12345 << 40) == (3, 2, 10 * TICK_EVENTS)
+        assert table.take(12345 << 40) == (3, 2, 10 * TICK_EVENTS)
+        assert table.take(12345 << 40) == (0, 0, 0)
 
     def test_a_later_ghost_replaces_one_of_the_same_place(self) -> None:
         table = GhostTable(1 << 10)
-        table.put(1 << 20 | 5, COUNT_MAX, COUNT_MAX)
-        table.put(2 << 20 | 5, 1, 1)
-        assert table.look(1 << 20 | 5) == (0, 0)
-        assert table.look(2 << 20 | 5) == (1, 1)
+        table.put(1 << 40 | 5, COUNT_MAX, COUNT_MAX, 0)
+        table.put(2 << 40 | 5, 1, 1, 0)
+        assert table.look(1 << 40 | 5) == (0, 0, 0)
+        assert table.look(2 << 40 | 5) == (1, 1, 0)
 
     def test_it_never_grows(self) -> None:
         table = GhostTable(1000)
         before = table.nbytes
         for number in range(10_000):
-            table.put(number * _MIX & _U64, 1, 1)
+            table.put(number * _MIX & _U64, 1, 1, number << 20)
         assert table.nbytes == before == 1024 * 8
+
+
+class TestKinds:
+    def test_the_mean_interval_forgets_old_uses_and_is_bounded(self) -> None:
+        trait = 0
+        for uses in range(1, 100):
+            trait = mean_interval(uses, trait, 1000)
+        assert trait == mean_interval(1, 0, 1000)
+        for uses in range(100, 250):
+            trait = mean_interval(uses, trait, 1 << 60)
+        assert mean_interval(1, 0, 1000) < trait <= COUNT_MAX
+        assert mean_interval(1, 0, 1) < mean_interval(1, 0, 2) < mean_interval(1, 0, 3)
+
+    def test_every_class_is_learnt_in_one_group_of_its_own_grain(self) -> None:
+        assert set(LEARNT_USES_BOUNDS) <= set(USES_BOUNDS)
+        assert sorted(set(LEARNT_OF_CLASS.tolist())) == list(range(LEARNT))
+        assert CLASSES > LEARNT > GROUPS
+
+
+class TestDuel:
+    def test_a_simple_order_rules_while_it_has_more_hits(self) -> None:
+        """Sixty blocks used again and again between ones that never return: LFU keeps them, LRU does not, and
+        the learnt order is LRU still."""
+        duel, rng = Duel(), random.Random(1)
+        uses: dict[int, int] = {}
+        for now in range(40 * JUDGE_USES):
+            name = rng.randrange(60) if rng.random() < 0.3 else 1000 + now
+            uses[name] = uses.get(name, 0) + 1
+            duel.use(name, 10 if uses[name] < 2 else CLASSES - 2, now, resident=4 * 80)
+        assert duel.ruler is LEAST_USED
+
+    def test_the_learnt_order_rules_when_none_is_better(self) -> None:
+        duel = Duel()
+        for now in range(20 * JUDGE_USES):
+            duel.use(now % 50, 10, now, resident=4 * 80)
+        assert duel.ruler is None
+
+    def test_shadows_are_bounded(self) -> None:
+        duel = Duel()
+        for number in range(50_000):
+            hashed = number * _MIX & _U64
+            if hashed < duel.threshold:
+                duel.use(hashed, 0, number, resident=number)
+        assert duel.threshold <= (1 << 64) * 2 * SLOTS_MAX // 50_000
 
 
 class TestReuseSample:
@@ -241,7 +297,7 @@ class TestReuseSample:
         sample = ReuseSample()
         sample.use(7, 4, now=10)
         sample.use(7, 5, now=10 + 100)
-        reused, unused = sample.counts(now=111, horizon=1 << 30)
+        reused, unused = _counts(sample, now=111)
         age = int(np.searchsorted(age_edges(), 100, side="right")) - 1
         assert reused[4, age] == pytest.approx(1.0, abs=0.01)
         assert reused.sum() == pytest.approx(1.0, abs=0.01)
@@ -254,35 +310,36 @@ class TestReuseSample:
             if hashed < sample.threshold:
                 sample.use(hashed, number % 2, now=number)
             assert len(sample) <= 100
-        _, unused = sample.counts(now=10_000, horizon=1 << 30)
+        _, unused = _counts(sample, now=10_000)
         assert unused[0].sum() == pytest.approx(unused[1].sum(), rel=0.6)
         assert unused[2:].sum() == 0.0
 
     def test_old_lives_end_unused(self) -> None:
         sample = ReuseSample()
         sample.use(1, 0, now=1)
-        _, unused = sample.counts(now=1000, horizon=100)
+        _, unused = _counts(sample, now=1000, horizon=100)
         assert len(sample) == 0
         assert unused[0, AGES - 1] == pytest.approx(1.0, abs=0.05)
 
 
 class TestDensity:
     def test_without_counts_the_order_is_least_recent_first(self) -> None:
-        empty = np.zeros((CLASSES, AGES))
-        order = eviction_order(densities(hazards(empty, empty)))
-        ages = (order % AGES).tolist()
+        empty = np.zeros((LEARNT, AGES))
+        order = by_density(densities(hazards(empty, empty)))
+        once = order.queues[order.queues < 2 * AGES]  # among blocks used once; uses count in favour of the others
+        ages = (once % AGES).tolist()
         assert ages == sorted(ages, reverse=True)
 
     def test_a_pause_before_reuse_makes_density_rise_with_age(self) -> None:
         """All lives of a class end at one age: shortly before it a block is worth most, after it nothing."""
-        reused, unused = np.zeros((CLASSES, AGES)), np.zeros((CLASSES, AGES))
+        reused, unused = np.zeros((LEARNT, AGES)), np.zeros((LEARNT, AGES))
         reused[0, 20] = 10_000.0
         density = densities(hazards(reused, unused))[0]
         assert density[0] < density[10] < density[19] < density[20] * 1.5
         assert density[25] < density[19] / 2
 
     def test_a_class_that_returns_more_often_is_denser(self) -> None:
-        reused, unused = np.zeros((CLASSES, AGES)), np.zeros((CLASSES, AGES))
+        reused, unused = np.zeros((LEARNT, AGES)), np.zeros((LEARNT, AGES))
         reused[:, 10] = 100.0
         unused[:, AGES - 1] = 100.0
         unused[0, AGES - 1] = 10_000.0
@@ -291,9 +348,14 @@ class TestDensity:
 
     def test_hazards_are_probabilities(self) -> None:
         rng = np.random.default_rng(0)
-        hazard = hazards(rng.exponential(10, (CLASSES, AGES)), rng.exponential(10, (CLASSES, AGES)))
+        hazard = hazards(rng.exponential(10, (LEARNT, AGES)), rng.exponential(10, (LEARNT, AGES)))
         assert ((hazard >= 0) & (hazard < 1)).all()
         assert np.isfinite(densities(hazard)).all()
+
+
+def _counts(sample: ReuseSample, *, now: int, horizon: int = 1 << 30) -> tuple[Table, Table]:
+    sample.settle(now, horizon)
+    return sample.counts(now, sample.open_lives())
 
 
 def _evict(policy: HitDensity) -> int:

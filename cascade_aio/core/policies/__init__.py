@@ -1,7 +1,8 @@
 """Our best eviction policy and its parts. See ``docs/eviction.md`` for what was tried and measured.
 
-``hit_density``: the policy; ``queues``: evictable nodes by class and age; ``reuse``: how long blocks
-of a class stay unused, learnt from a sample; ``density``: from that to an order of eviction;
+``hit_density``: the policy; ``queues``: evictable nodes by class and age; ``kinds``, ``ages``: classes and
+ages; ``reuse``: how long blocks of a class stay unused, learnt from a sample; ``density``: what that makes
+them worth; ``orders``: from that to an order of eviction; ``duel``: whether a simpler order would do better;
 ``ghosts``: what is remembered of evicted blocks. All of it is pure and deterministic.
 """
 

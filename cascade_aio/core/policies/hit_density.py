@@ -3,24 +3,35 @@
 Implements ``cascade_aio.abc.eviction.EvictionPolicy``. Only nodes without resident children and
 without pins are queued (``queues``), by class and age; the order of the queues comes from how long
 blocks of each class were seen to stay unused (``reuse``, ``density``) and is fitted anew every
-``_FIT_EVENTS_MIN`` events or more. Before anything is learnt, and without identities, the order is
-leaf-first LRU.
+``_FIT_EVENTS_MIN`` events or more, in steps. While one of two simple orders would have had more hits
+(``duel``), that one rules. Before anything is learnt, and without identities, the order is leaf-first LRU.
 
 What this gives, without a constant for any of it: a scan (prompts that never return) teaches that new
 blocks are not asked for again and is evicted first; a conversation is kept through the pause in which
 its user reads and types; blocks that were used often outlive others, until they have not been used for
 longer than such blocks usually are, so nothing is protected for ever.
 
-Must not know: blocks, bytes, tiers, time. Every event is O(log n) amortised.
+Must not know: blocks, bytes, tiers, time. Every event is O(log n) amortised, and none stops its caller
+for a millisecond.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
-from cascade_aio.core.policies.ages import CLASS_OF_TURN, CLASS_OF_USES
-from cascade_aio.core.policies.density import densities, eviction_order, hazards
-from cascade_aio.core.policies.ghosts import COUNT_MAX, ENTRIES_MAX, ENTRIES_MIN, GhostTable
+from cascade_aio.core.policies.density import densities, hazards
+from cascade_aio.core.policies.duel import Duel
+from cascade_aio.core.policies.ghosts import ENTRIES_MAX, ENTRIES_MIN, GhostTable
+from cascade_aio.core.policies.kinds import (
+    CLASS_OF_INTERVAL,
+    CLASS_OF_TURN,
+    CLASS_OF_USES,
+    COUNT_MAX,
+    LEARNT_OF_CLASS,
+    mean_interval,
+)
+from cascade_aio.core.policies.orders import LEAST_RECENT, by_density
 from cascade_aio.core.policies.queues import NODE_BYTES as QUEUE_NODE_BYTES
 from cascade_aio.core.policies.queues import AgedQueues
 from cascade_aio.core.policies.reuse import ReuseSample
@@ -38,9 +49,10 @@ NODE_BYTES = QUEUE_NODE_BYTES + 31
 """Memory per node without its ghosts (8 bytes each): the sum of the columns' item sizes."""
 
 _GROWTH_NODES = 4096
-_FIT_EVENTS_MIN = 2048  # one fit takes 2 ms: 1 µs per event at first, 0.1 µs in the long run
+_FIT_EVENTS_MIN = 2048  # one fit takes 2 ms in all: 1 µs per event at first, 0.1 µs in the long run
 _FIT_EVENTS_MAX = 16384
 _ADVANCE_EVENTS = 128
+_LEARNT_OF_CLASS: list[int] = LEARNT_OF_CLASS.tolist()
 _U64 = (1 << 64) - 1
 _MIX = 0x9E37_79B9_7F4A_7C15
 _RESIDENT = 1
@@ -61,19 +73,26 @@ class HitDensity:
         self._pins = array("I")
         self._flags = array("B")
         self._uses = array("B")
-        self._turn = array("B")
+        self._trait = array("B")
+        """The turn that made it after one use, then the mean interval between uses (``kinds``)."""
         self._queues = AgedQueues()
         self._ghosts = GhostTable(ENTRIES_MIN)
         self._sample = ReuseSample()
+        self._duel = Duel()
+        self._order = LEAST_RECENT  # as learnt last
+        self._fitting: Iterator[None] = iter(())
+        self._watched = 0
+        """Blocks with a hash below are in one of the samples."""
         self._now = 0
         self._newest = 0
         """Used last and not queued yet: mostly its child comes next, and it need not be queued at all."""
         self._resident = 0
         self._admitted_bytes = 0
         self._advance_at = _ADVANCE_EVENTS
-        self._fit_at = 0
+        self._fit_at = _FIT_EVENTS_MIN
         self._grow(0)
-        self._fit()
+        self._queues.set_order(self._order)
+        self._watch()
 
     def admit(self, node: int, *, parent: int = -1, nbytes: int, identity: int | None = None) -> None:
         """``node`` entered the tier, unpinned, as its most recent use. A link to ``parent`` that
@@ -94,14 +113,14 @@ class HitDensity:
         self._nbytes[slot] = nbytes
         self._resident += 1
         self._admitted_bytes += nbytes
-        uses = turn = 0
+        uses = 0
         if identity is not None:
             flags |= _KNOWN
             self._hash[slot] = hashed = _mix(identity)
-            uses, turn = self._ghosts.take(hashed)
+            uses, trait, tick = self._ghosts.take(hashed)
         self._flags[slot] = flags
         self._uses[slot] = uses + (uses < COUNT_MAX)
-        self._turn[slot] = turn or self._next_turn(above)
+        self._trait[slot] = mean_interval(uses, trait, max(self._now - tick, 1)) if uses else self._next_turn(above)
         if above:
             self._gain_child(above)
         self._use(slot)
@@ -112,8 +131,10 @@ class HitDensity:
         assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
         if self._queues.tick[slot] == self._now:
             return
-        if self._uses[slot] < COUNT_MAX:
-            self._uses[slot] += 1
+        uses = self._uses[slot]
+        self._trait[slot] = mean_interval(uses, self._trait[slot], self._now - self._queues.tick[slot])
+        if uses < COUNT_MAX:
+            self._uses[slot] = uses + 1
         self._use(slot)
 
     def pin(self, node: int) -> None:
@@ -143,7 +164,7 @@ class HitDensity:
         elif slot == self._newest:
             self._newest = 0
         if self._flags[slot] & _KNOWN:
-            self._ghosts.put(self._hash[slot], self._uses[slot], self._turn[slot])
+            self._ghosts.put(self._hash[slot], self._uses[slot], self._trait[slot], self._queues.tick[slot])
         self._flags[slot] = 0
         above = self._parent[slot]
         if above:
@@ -165,9 +186,12 @@ class HitDensity:
         """Admission: whether a block, used now and admitted with these arguments, would be worth more
         than what would be evicted for it. Changes nothing; in a tier with room the answer is of no use."""
         above = parent + 1
-        uses, turn = (0, 0) if identity is None else self._ghosts.look(_mix(identity))
-        turn = turn or (self._next_turn(above) if above < len(self._flags) else 1)
-        kind = CLASS_OF_USES[min(uses + 1, COUNT_MAX)] + CLASS_OF_TURN[turn]
+        uses, trait, tick = (0, 0, 0) if identity is None else self._ghosts.look(_mix(identity))
+        if uses:
+            trait = mean_interval(uses, trait, max(self._now - tick, 1))
+            kind = CLASS_OF_USES[min(uses + 1, COUNT_MAX)] + CLASS_OF_INTERVAL[trait]
+        else:
+            kind = CLASS_OF_TURN[self._next_turn(above) if above < len(self._flags) else 1]
         return self._queues.is_above_first(kind)
 
     def __contains__(self, node: int) -> bool:
@@ -189,10 +213,8 @@ class HitDensity:
         now = self._now = self._now + 1
         queues = self._queues
         queues.tick[slot] = now
-        kind = self._class(slot)
-        hashed = self._hash[slot]
-        if hashed < self._sample.threshold and self._flags[slot] & _KNOWN:
-            self._sample.use(hashed, kind, now)
+        if self._hash[slot] < self._watched and self._flags[slot] & _KNOWN:
+            self._observe(slot, now)
         if queues.queue[slot]:
             queues.unlink(slot)
         newest, self._newest = self._newest, slot
@@ -201,20 +223,32 @@ class HitDensity:
         if now >= self._advance_at:
             self._keep_up(now)
 
+    def _observe(self, slot: int, now: int) -> None:
+        """Let the samples see the use of a block that is in one of them."""
+        hashed, kind = self._hash[slot], self._class(slot)
+        if hashed < self._sample.threshold:
+            self._sample.use(hashed, _LEARNT_OF_CLASS[kind], now)
+        if hashed < self._duel.threshold and self._duel.use(hashed, kind, now, self._resident):
+            self._enforce()
+
     def _queue(self, slot: int) -> None:
         """Queue a node behind all others of its class if it is evictable (and none used since is queued)."""
         if not self._children[slot] and not self._pins[slot] and self._flags[slot] & _RESIDENT:
             self._queues.append(slot, self._class(slot))
 
     def _class(self, slot: int) -> int:
-        is_last = not self._flags[slot] & _HAD_CHILD
-        return CLASS_OF_USES[self._uses[slot]] + CLASS_OF_TURN[self._turn[slot]] + is_last
+        uses, is_last = self._uses[slot], not self._flags[slot] & _HAD_CHILD
+        if uses < 2:
+            return CLASS_OF_TURN[self._trait[slot]] + is_last
+        return CLASS_OF_USES[uses] + CLASS_OF_INTERVAL[self._trait[slot]] + is_last
 
     def _next_turn(self, above: int) -> int:
-        """The turn of a new block: its parent's if that is new too, else the one after."""
+        """The turn of a new block: its parent's if that is new too, else one more than the parent's uses
+        before this one, which is what a conversation comes to."""
         if not above or not self._flags[above] & _RESIDENT:
             return 1
-        return min(self._turn[above] + (self._uses[above] > 1), COUNT_MAX)
+        uses = self._uses[above]
+        return self._trait[above] if uses == 1 else uses
 
     def _gain_child(self, above: int) -> None:
         self._children[above] += 1
@@ -224,7 +258,7 @@ class HitDensity:
         if flags & (_RESIDENT | _HAD_CHILD) == _RESIDENT:
             self._flags[above] = flags | _HAD_CHILD
             if flags & _KNOWN and self._hash[above] < self._sample.threshold:
-                self._sample.reclassify(self._hash[above], self._class(above))
+                self._sample.reclassify(self._hash[above], _LEARNT_OF_CLASS[self._class(above)])
 
     def _is_circle(self, slot: int, above: int) -> bool:
         for _ in range(CYCLE_STEPS_MAX):
@@ -238,17 +272,40 @@ class HitDensity:
     def _keep_up(self, now: int) -> None:
         self._advance_at = now + _ADVANCE_EVENTS
         self._queues.advance(now)
+        self._watch()
         if now >= self._fit_at:
-            self._fit()
+            self._fit_at = now + min(max(_FIT_EVENTS_MIN, now >> 4), _FIT_EVENTS_MAX)
+            self._fitting = self._fit()
+        next(self._fitting, None)
         if len(self._ghosts) < min(self._resident * GHOSTS_PER_NODE, ENTRIES_MAX):
             # Moving the entries would stop the loop; a tier that still grows has hardly evicted.
             self._ghosts = GhostTable(2 * len(self._ghosts))
 
-    def _fit(self) -> None:
-        self._fit_at = self._now + min(max(_FIT_EVENTS_MIN, self._now >> 4), _FIT_EVENTS_MAX)
+    def _fit(self) -> Iterator[None]:
+        """Learn the order anew, in steps of less than half a millisecond."""
+        now = self._now
         horizon = max(HORIZON_EVENTS_MIN, HORIZON_TURNOVERS * self._resident)
-        reused, unused = self._sample.counts(self._now, horizon)
-        self._queues.set_order(eviction_order(densities(hazards(reused, unused))))
+        self._sample.settle(now, horizon)
+        yield
+        lives, now = self._sample.open_lives(), self._now
+        yield
+        reused, unused = self._sample.counts(now, lives)
+        yield
+        hazard = hazards(reused, unused)
+        yield
+        density = densities(hazard)
+        yield
+        self._order = by_density(density)
+        yield
+        self._duel.set_learnt(self._order)
+        self._enforce()
+
+    def _enforce(self) -> None:
+        ruler = self._duel.ruler
+        self._queues.set_order(self._order if ruler is None else ruler)
+
+    def _watch(self) -> None:
+        self._watched = max(self._sample.threshold, self._duel.threshold)
 
     def _grow(self, slot: int) -> None:
         assert slot <= NODES_MAX, f"node {slot - 1} is beyond any index"
@@ -257,7 +314,7 @@ class HitDensity:
             column.frombytes(bytes(grown * column.itemsize))
         for links in (self._parent, self._children, self._pins):
             links.frombytes(bytes(grown * links.itemsize))
-        for small in (self._flags, self._uses, self._turn):
+        for small in (self._flags, self._uses, self._trait):
             small.frombytes(bytes(grown * small.itemsize))
         self._queues.ensure(len(self._flags))
 

@@ -15,9 +15,10 @@ from array import array
 from bisect import bisect_right
 
 import numpy as np
-import numpy.typing as npt
 
-from cascade_aio.core.policies.ages import AGES, CLASSES, age_edges
+from cascade_aio.core.policies.ages import AGES, age_edges
+from cascade_aio.core.policies.kinds import CLASSES
+from cascade_aio.core.policies.orders import LEAST_RECENT, Order
 
 MOVES_MAX = 512
 """Nodes that change their age bucket per call: about half a millisecond."""
@@ -42,8 +43,8 @@ class AgedQueues:
         self._tails = array("I", bytes(4 * _QUEUES))
         self._edges = age_edges()
         self._leave_age = np.tile(np.append(self._edges[1:], 1 << 62), CLASSES)
-        self._rank = list(range(_QUEUES))
-        self._order = list(range(_QUEUES))
+        self._order = LEAST_RECENT
+        self._rank_of = self._order.rank_of
         self._waiting = 0
 
     def ensure(self, slots: int) -> None:
@@ -53,13 +54,11 @@ class AgedQueues:
             for column in (self.tick, self._prev, self._next, self.queue):
                 column.frombytes(bytes(grown * column.itemsize))
 
-    def set_order(self, order: npt.NDArray[np.int64]) -> None:
-        """Evict from the queues in this order from now on. O(queues)."""
-        self._order = order.tolist()
-        rank = np.empty(_QUEUES, dtype=np.int64)
-        rank[order] = np.arange(_QUEUES)
-        self._rank = rank.tolist()
-        filled = np.asarray(self._heads)[order] != 0
+    def set_order(self, order: Order) -> None:
+        """Evict from the queues in this order from now on. O(queues), 0.1 ms."""
+        self._order = order
+        self._rank_of = order.rank_of
+        filled = np.asarray(self._heads)[order.queues] != 0
         self._waiting = int.from_bytes(np.packbits(filled, bitorder="little").tobytes(), "little")
 
     def append(self, slot: int, kind: int) -> None:
@@ -78,7 +77,7 @@ class AgedQueues:
             self._prev[head] = slot
         else:
             self._tails[number] = slot
-            self._waiting |= 1 << self._rank[number]
+            self._waiting |= 1 << self._rank_of[number]
 
     def unlink(self, slot: int) -> None:
         number = self.queue[slot] - 1
@@ -93,19 +92,19 @@ class AgedQueues:
         else:
             self._tails[number] = before
             if not before:
-                self._waiting &= ~(1 << self._rank[number])
+                self._waiting &= ~(1 << self._rank_of[number])
 
     def first(self) -> int:
         """The slot to evict next, 0 if none is queued."""
         waiting = self._waiting
         if not waiting:
             return 0
-        return self._heads[self._order[(waiting & -waiting).bit_length() - 1]]
+        return self._heads[self._order.queue_at[(waiting & -waiting).bit_length() - 1]]
 
     def is_above_first(self, kind: int) -> bool:
         """Whether a node of class ``kind``, used now, would be in a denser queue than the next to go."""
         waiting = self._waiting
-        return not waiting or self._rank[kind * AGES] > (waiting & -waiting).bit_length() - 1
+        return not waiting or self._rank_of[kind * AGES] > (waiting & -waiting).bit_length() - 1
 
     def advance(self, now: int) -> None:
         """Move nodes that have grown older to the queues of their age, at most ``MOVES_MAX``."""
@@ -131,4 +130,4 @@ class AgedQueues:
             self._next[tail] = slot
         else:
             self._heads[number] = slot
-            self._waiting |= 1 << self._rank[number]
+            self._waiting |= 1 << self._rank_of[number]
