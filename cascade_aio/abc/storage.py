@@ -186,6 +186,14 @@ class Storage(Protocol):
 
     def statistics(self) -> dict[str, object]: ...
 
+    def abandon(self) -> None:
+        """The storage hangs: every call in progress and every later one raises ``OSError`` (ETIMEDOUT) now.
+
+        The only way out of waiting for the kernel. Whatever memory it still has stays referenced and must
+        not be used for anything else, ever; ``aclose`` is to be called still. May be repeated.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Drain and close; then every call raises ``ClosedError``."""
         ...

@@ -21,9 +21,12 @@ from collections.abc import Iterable, Sequence
 
 from cascade_aio.abc.storage import PAGE_BYTES, Priority, Urgency
 from cascade_aio.errors import ClosedError, ConfigError
-from cascade_aio.io.errors import os_error
+from cascade_aio.io.errors import abandoned, os_error
 from cascade_aio.io.schedule import IN_FLIGHT_PARTS, ServiceQueues
 from cascade_aio.io.transfer import IOVECS_MAX, RESTARTS_MAX, Kind, Locator, OpenFile, Request, Transfer, gather
+
+_ABANDONED: set[TransferEngine] = set()
+"""Engines given up with requests in flight: the kernel may write into their memory as long as the process lives."""
 
 _RETRIED = (-errno.EINTR, -errno.EAGAIN)
 
@@ -79,12 +82,15 @@ class TransferEngine(abc.ABC):
         self._drained: asyncio.Event = asyncio.Event()
         self._closing = False
         self._closed = False
+        self._abandoned = False
         self._iovecs_max = IOVECS_MAX
         self._locate: Locator | None = None
         self._counts = dict.fromkeys(
             ("transfers", "requests", "bytes", "batches", "resumed", "retried", "cancelled", "failed", "timed_out"), 0
         )
         self._requests_in_flight_seen = 0
+        self._late_release: asyncio.Task[None] | None = None
+        self._kept: list[object] = []  # memory of requests that were abandoned in flight
 
     # -- what callers use
 
@@ -120,6 +126,25 @@ class TransferEngine(abc.ABC):
         """fdatasync. Served like a demand read: somebody waits for it."""
         await self._run(Kind.SYNC, file, (), 0, Priority.DEMAND, None)
 
+    def abandon(self) -> None:
+        """See ``abc.Storage``. What is in flight keeps its memory, and this engine its place in memory, until the
+        device has answered; when the last answer comes, the device's side is freed."""
+        self._abandoned = self._closing = True
+        _ABANDONED.add(self)
+        again, self._again = self._again, []
+        for request in again:  # the device does not have these
+            self._end(request, [])
+        for transfer in self._transfers:
+            transfer.abandon(abandoned(transfer.describe(), transfer.file.path))
+        for request in self._in_flight.values():
+            self._kept.append(request.transfer.spans)
+            if not request.interrupted:
+                request.interrupted = True
+                self._interrupt(request)
+        self._push()
+        self._transfers.clear()
+        self._drained.set()
+
     async def aclose(self) -> None:
         """Refuse new transfers, wait for all that were started, free everything. May be repeated."""
         self._closing = True
@@ -132,7 +157,9 @@ class TransferEngine(abc.ABC):
                 cancelled = error
         if not self._closed:
             self._closed = True
-            await self._release()
+            if not self._in_flight:
+                _ABANDONED.discard(self)
+                await self._release()
         if cancelled is not None:
             raise cancelled
 
@@ -190,6 +217,8 @@ class TransferEngine(abc.ABC):
         priority: Priority | Urgency,
         deadline_s: float | None,
     ) -> int:
+        if self._abandoned:
+            raise abandoned(kind.name.lower(), file.path)
         if self._closing:
             raise ClosedError(f"the I/O engine is closed; {file.path} cannot be used any more")
         if asyncio.get_running_loop() is not self._loop:
@@ -342,7 +371,12 @@ class TransferEngine(abc.ABC):
             if not self._continues(request, result):
                 self._end(request, finished)
         self._finish(finished)
-        if len(self._queues) or self._again:
+        if not self._in_flight:
+            self._kept.clear()
+        if self._abandoned and self._closed and not self._in_flight:
+            self._late_release = self._loop.create_task(self._release())
+            self._late_release.add_done_callback(lambda _: _ABANDONED.discard(self))
+        elif len(self._queues) or self._again:
             self._schedule_flush()  # after the waiters' turn, so that their next requests join the batch
 
     def _end(self, request: Request, finished: list[Transfer]) -> None:

@@ -69,6 +69,11 @@ def explained(error: OSError, operation: str, path: str) -> OSError:
     return os_error(error.errno or errno.EIO, operation, path)
 
 
+def abandoned(operation: str, path: str | None) -> OSError:
+    """The storage was given up while the operation was in progress, or before it was asked for."""
+    return OSError(errno.ETIMEDOUT, f"{operation} was given up: the storage does not answer", path)
+
+
 def ring_failure(error: OSError) -> str:
     """Why io_uring cannot be used, with the cure: one sentence for messages and statistics."""
     return _told(error, _RING_CURES, "see dmesg and the kernel's documentation of io_uring_setup(2)")

@@ -268,7 +268,7 @@ class Ring(TransferEngine):
 
     def __del__(self) -> None:
         """For a loop torn down without ``aclose``: cancel, wait for the kernel, then free (or leak) the ring."""
-        if self.__dict__.get("_event_fd", -1) < 0 or self._owner_pid != os.getpid():
+        if self.__dict__.get("_event_fd", -1) < 0 or self._owner_pid != os.getpid() or self._abandoned:
             return  # a forked child shares the kernel's ring with its parent: it must not touch it
         warnings.warn(f"{self!r} was not closed: await aclose() in its loop", ResourceWarning, stacklevel=1)
         if self._drain_without_loop():

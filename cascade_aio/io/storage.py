@@ -19,11 +19,11 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from cascade_aio.abc.storage import File, FileEntry, Lock, Priority, Urgency
 from cascade_aio.errors import ClosedError
+from cascade_aio.io.daemon_threads import DaemonThreads
 from cascade_aio.io.engine import EngineLimits, TransferEngine
 from cascade_aio.io.errors import explained
 from cascade_aio.io.files import DirectFile, FileLock, create_new, lock_file, open_existing, remove_created
@@ -46,7 +46,7 @@ class PosixStorage:
     def __init__(self, engine: TransferEngine, *, notes: Sequence[str] = ()) -> None:
         self._engine = engine
         self._notes = tuple(notes)
-        self._executor = ThreadPoolExecutor(CALL_THREADS, thread_name_prefix="cascade-files")
+        self._executor = DaemonThreads(CALL_THREADS, "cascade-files")
         self._files: set[DirectFile] = set()
         self._temporary = itertools.count()
         self._closed = False
@@ -172,6 +172,11 @@ class PosixStorage:
         if self._opened["not_preallocated"]:
             notes.append("not preallocated: a file system has no fallocate; a full disk shows up only when written")
         return {**self._engine.statistics(), **self._opened, "open_files": len(self._files), "notes": notes}
+
+    def abandon(self) -> None:
+        """See ``abc.Storage``. A call that ends after all may leave a descriptor open, or an empty segment behind."""
+        self._engine.abandon()
+        self._executor.abandon()
 
     async def aclose(self) -> None:
         """Wait for what is in flight, close all files, the engine and the threads. May be repeated."""

@@ -245,6 +245,15 @@ class Transfer(Completion):
         self.spans = []  # drop the caller's memory even if the task that waits runs much later
         super().finish()
 
+    def abandon(self, failure: OSError) -> None:
+        """Let the waiter go with ``failure``; whoever calls this keeps ``spans``, which the device still has."""
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+        self.stopped = True
+        self.failure = failure
+        super().finish()
+
     def describe(self) -> str:
         if self.kind is Kind.SYNC:
             return "fdatasync"

@@ -365,6 +365,9 @@ class MemoryStorage:
         self.open_files: set[MemoryFile] = set()
         self._closed = False
         self._active = 0  # operations between their two events
+        self._stalls: Callable[[Operation], bool] | None = None
+        self._stuck: set[asyncio.Future[None]] = set()
+        self._abandoned = False
         self._idle = asyncio.Event()
 
     def crash(self, seed: int | None = None) -> MemoryStorage:
@@ -386,12 +389,55 @@ class MemoryStorage:
             self.frozen.set()
             self._idle.set()
             await asyncio.get_running_loop().create_future()
+        if self._stalls is not None and not after and self._stalls(operation):
+            await self._hang(path)
+        if self._abandoned and not after:
+            raise _os_error(errno.ETIMEDOUT, path)
         for hook in list(self.hooks):
             verdict = hook(operation)
             if isinstance(verdict, BaseException):
                 raise verdict
             if inspect.isawaitable(verdict):
                 await verdict
+
+    # -- storage that hangs
+
+    def stall(self, which: Callable[[Operation], bool] = lambda operation: True) -> None:
+        """From now on operations that ``which`` picks do not end, not even cancelled, until ``resume``."""
+        self._stalls = which
+
+    def resume(self) -> None:
+        """The storage answers again: what is stuck goes on."""
+        self._stalls = None
+        for future in self._stuck:
+            if not future.done():
+                future.set_result(None)
+
+    @property
+    def stuck(self) -> int:
+        """Operations that hang."""
+        return len(self._stuck)
+
+    def abandon(self) -> None:
+        """As the protocol says: what is stuck raises now."""
+        self._abandoned = True
+        for future in self._stuck:
+            if not future.done():
+                future.set_exception(_os_error(errno.ETIMEDOUT, ""))
+
+    async def _hang(self, path: str) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stuck.add(future)
+        cancelled: asyncio.CancelledError | None = None
+        while not future.done():
+            try:
+                await asyncio.wait((future,))
+            except asyncio.CancelledError as error:  # the kernel has the buffers
+                cancelled = error
+        self._stuck.discard(future)
+        future.result()
+        if cancelled is not None:
+            raise cancelled
 
     @contextlib.asynccontextmanager
     async def _operation(self, name: str, path: str, offset: int = 0, nbytes: int = 0) -> AsyncIterator[None]:

@@ -134,6 +134,9 @@ class DyingStorage:
     def statistics(self) -> dict[str, object]:
         return self._inner.statistics()
 
+    def abandon(self) -> None:
+        self._inner.abandon()
+
     async def aclose(self) -> None:
         await self._inner.aclose()
 
