@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 import cascade_aio as ca
 from cascade_aio.abc.storage import Priority, Urgency
 from cascade_aio.errors import BlockNotFoundError, CascadeError, ClosedError, ConfigError, CorruptionError, LeaseError
+from cascade_aio.io.schedule import ServiceQueues
 from cascade_aio.testing.world import World, check_idle, check_invariants, pseudo_bytes, settle, virtual_loop
+from cascade_aio.tiers.reading import RUN_AHEAD_BYTES_MIN
 from tests.store.conftest import OpenStore, block_bytes
 
 MIB = 1 << 20
@@ -253,6 +256,123 @@ def test_a_prefetch_evicts_what_is_colder_but_never_what_it_brings_or_found() ->
         await end(world, store)
 
     run(story)
+
+
+class _NewestFirst:
+    """A policy that ranks by anything but age: it offers what was used last."""
+
+    def __init__(self) -> None:
+        self._order: dict[int, None] = {}
+        self._pins: Counter[int] = Counter()
+
+    def admit(self, node: int, **_: Any) -> None:
+        self._order[node] = None
+
+    def touch(self, node: int) -> None:
+        self._order[node] = self._order.pop(node)
+
+    def pin(self, node: int) -> None:
+        self._pins[node] += 1
+
+    def unpin(self, node: int) -> None:
+        self._pins[node] -= 1
+
+    def remove(self, node: int) -> None:
+        del self._order[node]
+
+    def victim(self) -> int | None:
+        return next((node for node in reversed(self._order) if not self._pins[node]), None)
+
+    def __contains__(self, node: int) -> bool:
+        return node in self._order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+def test_a_policy_that_offers_what_was_just_used_does_not_stop_a_prefetch_while_older_copies_are_there() -> None:
+    async def story(world: World) -> None:
+        contents = blocks(12)  # nine fit the arena
+        store, _ = await stored(world, contents)
+        store._context.catalog.shm_policy = policy = _NewestFirst()
+        ids = ids_of(contents)
+        for block_id in ids[:9]:
+            await read(store, block_id)
+        handle = store.prefetch(ids[9:])
+        for block_id in ids[:4]:
+            await read(store, block_id)
+        assert (await handle.wait()).landed == 3
+        assert {tier_of(store, block_id) for block_id in [*ids[:4], *ids[9:]]} == {"shm"}
+        assert not any(policy._pins.values())
+        await end(world, store)
+
+    run(story)
+
+
+class _OneAtATime:
+    """A disk that serves one read at a time, in the order of the I/O queue's own rule."""
+
+    def __init__(self, world: World) -> None:
+        self._queues: ServiceQueues[asyncio.Future[None]] = ServiceQueues()
+        self._busy = False
+        inner = world.storage.read
+
+        async def read(file: Any, buffers: Any, offset: int, *, priority: Priority | Urgency, **kwargs: Any) -> int:
+            urgency = priority if isinstance(priority, Urgency) else Urgency(priority)
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waits_as = [urgency.priority]
+
+            def rise(to: Priority) -> None:
+                if not turn.done():
+                    self._queues.move(turn, waits_as.pop(), to)
+                    waits_as.append(to)
+
+            self._queues.push(urgency.priority, turn)
+            self._next()
+            with urgency.watched(rise):
+                await turn
+            try:
+                await asyncio.sleep(sum(len(buffer) for buffer in buffers) / BYTES_PER_S)
+                return await inner(file, buffers, offset, priority=priority, **kwargs)
+            finally:
+                self._busy = False
+                self._next()
+
+        world.storage.read = read  # type: ignore[method-assign, assignment]
+
+    def _next(self) -> None:
+        while not self._busy and (priority := self._queues.choose()) is not None:
+            turn = self._queues.pop(priority)
+            if not turn.done():
+                self._busy = True
+                turn.set_result(None)
+
+
+def test_a_get_waits_for_at_most_one_read_of_a_prefetch() -> None:
+    async def story(world: World) -> None:
+        contents = blocks(400)
+        store = await world.open(shm_bytes=64 * MIB)
+        for content in contents:
+            await store.put(*content)
+        await store.aclose()
+        store = await world.open(shm_bytes=64 * MIB)
+        await store.wait_ready()
+        _OneAtATime(world)
+        ids = ids_of(contents)
+        loop = asyncio.get_running_loop()
+        handle = store.prefetch(ids[:380])
+        waits: list[float] = []
+        for block_id in ids[380:]:
+            await asyncio.sleep(0.001)
+            started_s = loop.time()
+            await read(store, block_id)
+            waits.append(loop.time() - started_s)
+        assert not handle.done, "it was under way all the time"
+        assert max(waits) <= (RUN_AHEAD_BYTES_MIN + MIB) / BYTES_PER_S
+        assert (await handle.wait()).landed == 380
+        await end(world, store)
+
+    run(story, shm_bytes=64 * MIB)
 
 
 def test_a_get_makes_the_prefetch_of_its_block_a_demand() -> None:
