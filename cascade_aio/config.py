@@ -155,9 +155,9 @@ class _Range:
 _RANGES = {
     "shm_bytes": _Range(SHM_BYTES_MIN, SIZE_BYTES_MAX, ALIGNMENT_BYTES, size=True),
     "disk_bytes": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),
+    "compaction_bandwidth": _Range(0, SIZE_BYTES_MAX, size=True),
     "segment_bytes": _Range(MIB, 64 * GIB, ALIGNMENT_BYTES, size=True),
     "request_bytes_max": _Range(ALIGNMENT_BYTES, GIB, ALIGNMENT_BYTES, size=True),
-    "compaction_bandwidth": _Range(0, SIZE_BYTES_MAX, size=True),
     "requests_in_flight_max": _Range(1, 4096),
     "bytes_in_flight_max": _Range(ALIGNMENT_BYTES, SIZE_BYTES_MAX, size=True),
     "tail_bytes_max": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),

@@ -25,9 +25,6 @@ from cascade_aio.segments.format import payload_bytes_of
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.tiers.shm import Extent, ShmTier
 
-_PASSED_OVER_MAX = 16
-"""Offers of the policy that ``Catalog.evict_one`` passes over: tens of microseconds."""
-
 
 class Copy:
     """A sealed copy of a block in the arena. ``holds`` counts those who need its bytes to stay."""
@@ -133,6 +130,10 @@ class Catalog:
         assert not self.copies, "the catalog is in use"
         assert not len(self.index), "the catalog is in use"
         self.index = index
+        for number, stamp in index.newest_stamps().items():
+            entry = self.segments.get(number)
+            if entry is not None:
+                entry.newest_stamp = stamp
         for row in index.rows_by_stamp():  # as if written in this order
             self._admit_on_disk(row)
 
@@ -173,10 +174,6 @@ class Catalog:
     def admit(self, copy: Copy, row: int) -> None:
         """Seal ``copy`` as the resident copy of ``row``: readable from now on."""
         assert row not in self.copies, row
-        for number, stamp in index.newest_stamps().items():
-            entry = self.segments.get(number)
-            if entry is not None:
-                entry.newest_stamp = stamp
         copy.state = advance(copy.state, CopyEvent.SEAL)
         copy.row = row
         self.note_use(copy)
@@ -213,28 +210,15 @@ class Catalog:
         self.on_room()
 
     def evict_one(self, *, unused_since: int | None = None) -> bool:
-        """Drop the coldest copy that nobody holds; with ``unused_since``, the coldest not used after it. False if
-        there is none.
-
-        A policy that ranks by more than age may offer what was just used while older copies wait behind it:
-        those offers are passed over, the first ``_PASSED_OVER_MAX`` of them.
-        """
-        passed_over: list[int] = []
-        try:
-            while (row := self.shm_policy.victim()) is not None:
-                copy = self.copies[row]
-                if unused_since is not None and copy.used > unused_since:
-                    if len(passed_over) == _PASSED_OVER_MAX:
-                        return False
-                    self.shm_policy.pin(row)
-                    passed_over.append(row)
-                else:
-                    self.evict(copy)
-                    return True
+        """Drop the coldest copy that nobody holds. False if there is none, or if it was used after ``unused_since``."""
+        row = self.shm_policy.victim()
+        if row is None:
             return False
-        finally:
-            for row in passed_over:
-                self.shm_policy.unpin(row)
+        copy = self.copies[row]
+        if unused_since is not None and copy.used > unused_since:
+            return False
+        self.evict(copy)
+        return True
 
     def evict(self, copy: Copy) -> None:
         """Drop this very copy, which is resident and nobody holds: the policy is told, not asked."""
@@ -288,6 +272,9 @@ class Catalog:
             self._account(row, before, -1)
         self.index.place(row, location.segment, location.page, location.header_pages, stamp)
         self._account(row, location, +1)
+        entry = self.segments.get(location.segment)
+        if entry is not None:
+            entry.newest_stamp = max(entry.newest_stamp, stamp)
         self._admit_on_disk(row)
 
     def _admit_on_disk(self, row: int) -> None:
@@ -350,6 +337,3 @@ class Catalog:
             self.shm_policy.touch(row)
         if self.disk_policy is not None and row in self.disk_policy:
             self.disk_policy.touch(row)
-        entry = self.segments.get(location.segment)
-        if entry is not None:
-            entry.newest_stamp = max(entry.newest_stamp, stamp)

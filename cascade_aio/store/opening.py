@@ -52,15 +52,15 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"prefix-lru": PrefixLru, "h
 SEGMENTS_PER_BUDGET = 16
 """With a disk budget, segments are at most this part of it, so that space comes back in small steps."""
 
+SEGMENTS_PER_BUDGET_MIN = 8
+"""A budget of fewer of the smallest segments is refused."""
+
 _SEGMENT_BYTES_MIN = 1 << 20
 
 SYNC_BYTES_MIN = 256 << 20
 """A sync makes the device drop everything else for some milliseconds: without a flush that asks for
 one, it is due only when half of what may be undurable waits for it, and this at least."""
 
-
-SEGMENTS_PER_BUDGET_MIN = 8
-"""A budget of fewer of the smallest segments is refused."""
 
 def open_store(root: str | os.PathLike[str] | StoreConfig, **settings: Any) -> StoreOpening:
     """Open (or create) the store in the directory ``root``.

@@ -95,7 +95,6 @@ class DiskTier:
 
     async def flush(self) -> None:
         """Everything appended so far is durable when this returns; errors as ``SegmentWriter.flush``."""
-        stamp = self.clock.last
         await self.writer.flush()
 
     def expedite(self) -> None:
@@ -109,8 +108,7 @@ class DiskTier:
         """Return once ``nbytes`` more may be waiting for the disk. Does not suspend when they may now.
 
         A backlog of nothing admits a record of any size; a writer that is full or broken admits
-        everything, because then the arena is the bound. Over the disk budget nothing is admitted until
-        segments have been removed. Raises ``TierFullError`` after ``wait_s``.
+        everything, because then the arena is the bound. Raises ``TierFullError`` after ``wait_s``.
         """
         if self._backlog_closed is not None:
             raise self._backlog_closed
