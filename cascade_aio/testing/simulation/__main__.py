@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import gc
+import contextlib
 import json
-import multiprocessing
 import sys
 import time
 from pathlib import Path
 from typing import TextIO
 
+from cascade_aio.testing.simulation.many import map_pieces
 from cascade_aio.testing.simulation.plan import make_plan
 from cascade_aio.testing.simulation.report import Tally
-from cascade_aio.testing.simulation.runner import Outcome, simulate
+from cascade_aio.testing.simulation.runner import simulate
 
 _STEP_SEEDS = 25
-"""Seeds that one process runs before it tells what came of them."""
+"""Seeds that are run before it is told what came of them."""
 
 
 def _say(line: str, stream: TextIO | None = None) -> None:
@@ -25,26 +25,13 @@ def _say(line: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
-def _run_some(seeds: tuple[int, int]) -> tuple[Tally, list[Outcome]]:
-    gc.freeze()
-    tally, failed = Tally(seeds[0]), []
-    for seed in range(*seeds):
-        outcome = simulate(seed)
-        tally.add(outcome)
-        if outcome.failure is not None:
-            outcome.events.clear()
-            failed.append(outcome)
-    return tally, failed
-
-
 def run(first: int, count: int, workers: int, out: Path | None) -> int:
     """Run seeds, print every failure with its replay command, and write the result file. The exit status."""
     started_s = time.monotonic()
     total = Tally(first)
     pieces = [(start, min(start + _STEP_SEEDS, first + count)) for start in range(first, first + count, _STEP_SEEDS)]
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(pieces))) as pool:
-        for tally, failed in pool.imap(_run_some, pieces):
+    with contextlib.ExitStack() as stack:
+        for tally, failed in map_pieces(pieces, workers, stack):
             total.merge(tally)
             for outcome in failed:
                 _say(f"seed {outcome.seed}: {outcome.failure}\n  replay: {outcome.command}")
