@@ -25,6 +25,9 @@ from cascade_aio.segments.format import payload_bytes_of
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.tiers.shm import Extent, ShmTier
 
+_PASSED_OVER_MAX = 16
+"""Offers of the policy that ``Catalog.evict_one`` passes over: tens of microseconds."""
+
 
 class Copy:
     """A sealed copy of a block in the arena. ``holds`` counts those who need its bytes to stay."""
@@ -210,15 +213,28 @@ class Catalog:
         self.on_room()
 
     def evict_one(self, *, unused_since: int | None = None) -> bool:
-        """Drop the coldest copy that nobody holds. False if there is none, or if it was used after ``unused_since``."""
-        row = self.shm_policy.victim()
-        if row is None:
+        """Drop the coldest copy that nobody holds; with ``unused_since``, the coldest not used after it. False if
+        there is none.
+
+        A policy that ranks by more than age may offer what was just used while older copies wait behind it:
+        those offers are passed over, the first ``_PASSED_OVER_MAX`` of them.
+        """
+        passed_over: list[int] = []
+        try:
+            while (row := self.shm_policy.victim()) is not None:
+                copy = self.copies[row]
+                if unused_since is not None and copy.used > unused_since:
+                    if len(passed_over) == _PASSED_OVER_MAX:
+                        return False
+                    self.shm_policy.pin(row)
+                    passed_over.append(row)
+                else:
+                    self.evict(copy)
+                    return True
             return False
-        copy = self.copies[row]
-        if unused_since is not None and copy.used > unused_since:
-            return False
-        self.evict(copy)
-        return True
+        finally:
+            for row in passed_over:
+                self.shm_policy.unpin(row)
 
     def evict(self, copy: Copy) -> None:
         """Drop this very copy, which is resident and nobody holds: the policy is told, not asked."""
