@@ -45,15 +45,23 @@ class Score:
     count: ReplayCount
 
 
+def make_policy(policy: str) -> EvictionPolicy:
+    """A new, empty one of that name. Raises ``ConfigError`` for an unknown name, and for the clairvoyant one,
+    which needs a trace."""
+    maker = _CHAIN_AWARE.get(policy) or _CHAIN_BLIND.get(policy)
+    if maker is None:
+        raise ConfigError(f"policy {policy!r} is none of {', '.join((*_CHAIN_BLIND, *_CHAIN_AWARE))}")
+    return maker()
+
+
 def run_policy(trace: ReplayTrace, policy: str, capacity_blocks: int) -> ReplayCount:
     """Replay ``trace`` through the policy called ``policy``. Raises ``ConfigError`` for an unknown name."""
-    if policy in _CHAIN_BLIND:
-        return replay(trace, _CHAIN_BLIND[policy](), capacity_blocks=capacity_blocks, leaf_first=False)
-    if policy in _CHAIN_AWARE:
-        return replay(trace, _CHAIN_AWARE[policy](), capacity_blocks=capacity_blocks)
     if policy == OPTIMUM:
         return replay(trace, Clairvoyant(trace), capacity_blocks=capacity_blocks)
-    raise ConfigError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+    if policy not in POLICIES:
+        raise ConfigError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+    leaf_first = policy in _CHAIN_AWARE
+    return replay(trace, make_policy(policy), capacity_blocks=capacity_blocks, leaf_first=leaf_first)
 
 
 def sweep(trace: ReplayTrace, policies: Iterable[str], shares: Iterable[float]) -> Iterator[Score]:

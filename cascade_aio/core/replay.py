@@ -173,3 +173,44 @@ def _budget(
     if capacity_blocks is not None:
         return capacity, None
     return capacity, [count * trace.token_bytes for count in trace.tokens]
+
+
+def replay_as_store(
+    trace: ReplayTrace, policy: EvictionPolicy, *, capacity_blocks: int, identities: Sequence[int]
+) -> ReplayCount:
+    """Like ``replay``, in the very order in which a store serves requests whose blocks stay leased meanwhile.
+
+    A store makes room *before* each block and may not take what the request has leased, where ``replay``
+    lets the chain in first and evicts afterwards; and leases are pins, given back from the end of the chain.
+    So hits differ a little from ``replay``, and not at all from a store that is asked for the trace request
+    by request. ``identities`` are by node. Raises ``ConfigError`` for a prompt longer than the capacity.
+    """
+    resident = bytearray(trace.nodes)
+    used = hit_blocks = hit_tokens = all_tokens = evicted = 0
+    for chain in trace.chains:
+        if len(chain) > capacity_blocks:
+            raise ConfigError(f"a prompt of {len(chain)} blocks cannot be leased in {capacity_blocks}")
+        hits = next((place for place, node in enumerate(chain) if not resident[node]), len(chain))
+        hit_blocks += hits
+        hit_tokens += sum(trace.tokens[node] for node in chain[:hits])
+        all_tokens += sum(trace.tokens[node] for node in chain)
+        for node in reversed(chain[:hits]):
+            policy.touch(node)
+        for node in chain[:hits]:
+            policy.pin(node)
+        for node in chain[hits:]:
+            while used >= capacity_blocks:
+                victim = policy.victim()
+                assert victim is not None, "the request leases less than the capacity"
+                policy.remove(victim)
+                resident[victim] = 0
+                used -= 1
+                evicted += 1
+            nbytes = trace.tokens[node] * trace.token_bytes
+            policy.admit(node, parent=trace.parents[node], nbytes=nbytes, identity=identities[node])
+            policy.pin(node)
+            resident[node] = 1
+            used += 1
+        for node in reversed(chain):
+            policy.unpin(node)
+    return ReplayCount(len(trace.chains), trace.events, hit_blocks, all_tokens, hit_tokens, evicted, trace.token_bytes)
