@@ -57,6 +57,7 @@ class ChildPlan:
     request_bytes_max: int = MIB
     disk_bytes: int | None = None
     tail_seconds_max: float = 0.2
+    adopt_seconds: float = 60.0
     die_at: int = 0
     phase: str = "before"
     may_fail: bool = False
@@ -72,6 +73,7 @@ class ChildPlan:
             disk_bytes=self.disk_bytes,
             request_bytes_max=self.request_bytes_max,
             tail_seconds_max=self.tail_seconds_max,
+            adopt_seconds=self.adopt_seconds,
             put_wait_seconds_max=0.1 if self.may_fail else 30.0,
         )
 

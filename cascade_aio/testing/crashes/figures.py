@@ -45,6 +45,7 @@ class Figures:
     torn_records: int = 0
     segments_sealed: int = 0
     segments_removed: int = 0
+    writers_adopted: int = 0
     reader_reads: int = 0
     reader_bytes: int = 0
     seconds: float = 0.0

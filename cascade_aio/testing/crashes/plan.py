@@ -105,6 +105,7 @@ class SeedPlan:
             request_bytes_max=self.request_bytes_max,
             disk_bytes=self.disk_bytes,
             tail_seconds_max=rng.choice((0.02, 0.2, 5.0)),
+            adopt_seconds=rng.choice((0.05, 60.0)),
             die_at=die_at if counted else 0,
             phase=death.phase if counted else "before",
             may_fail=death.fault is not None,
