@@ -375,6 +375,27 @@ def test_a_get_waits_for_at_most_one_read_of_a_prefetch() -> None:
     run(story, shm_bytes=64 * MIB)
 
 
+@pytest.mark.parametrize("turns", range(8))
+def test_a_get_that_joined_a_prefetch_and_gave_up_does_not_cancel_it(turns: int) -> None:
+    async def story(world: World) -> None:
+        contents = blocks(2, 600_000)
+        store, _ = await stored(world, contents, shm_bytes=8 * MIB)
+        ids = ids_of(contents)
+        handle = store.prefetch(ids)
+        await settle(turns)
+        getting = asyncio.ensure_future(read(store, ids[1]))
+        await settle(turns)
+        getting.cancel()
+        await asyncio.wait((getting,))
+        progress = await handle.wait()
+        assert progress.landed + progress.resident == 2
+        assert {tier_of(store, block_id) for block_id in ids} == {"shm"}
+        assert records_read(store) == 2
+        await end(world, store)
+
+    run(story)
+
+
 def test_a_get_makes_the_prefetch_of_its_block_a_demand() -> None:
     async def story(world: World) -> None:
         contents = blocks(3, 600_000)  # each a request of its own
