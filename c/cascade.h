@@ -112,8 +112,8 @@ int cascade_unmap(void *addr, uint64_t nbytes);
  * it does not ask how transparent huge pages are configured). addr and n are multiples of the huge page.
  * -EINVAL: this kernel or mapping cannot; -EAGAIN, -ENOMEM, -EBUSY: not now, part may be done. */
 int cascade_collapse(void *addr, size_t n);
-/* Make every page of [addr, addr + n) present and writable (MADV_POPULATE_WRITE, else touch without
- * changing bytes; the caller must then be the only writer). addr is page-aligned. */
+/* Make every page of [addr, addr + n) present and writable (MADV_POPULATE_WRITE, else touch) without
+ * changing bytes, also of what others write meanwhile. addr is page-aligned. */
 int cascade_prefault(void *addr, size_t n);
 /* Give memory that was freed but is kept by the C library back to the system (glibc; elsewhere nothing).
  * Takes milliseconds per 100 MB: not for the event loop. */
@@ -189,6 +189,9 @@ int cascade_directory_unbind(const struct cascade_directory *directory, uint32_t
 /* 1: nobody has a pin, the slot is free. 0: somebody has, nothing has changed. */
 int cascade_directory_withdraw(const struct cascade_directory *directory, uint32_t slot, uint32_t *const *tables,
                                uint32_t table_count);
+/* 1 if somebody has a pin on the slot now, else 0. */
+int cascade_directory_is_pinned(const struct cascade_directory *directory, uint32_t slot, uint32_t *const *tables,
+                                uint32_t table_count);
 /* No new pins from now on. 1: the slot is free. 0: pins are left, call again. */
 int cascade_directory_retire(const struct cascade_directory *directory, uint32_t slot, uint32_t *const *tables,
                              uint32_t table_count);

@@ -379,6 +379,11 @@ int cascade_directory_withdraw(const struct cascade_directory *directory, uint32
     return 1;
 }
 
+int cascade_directory_is_pinned(const struct cascade_directory *directory, uint32_t number, uint32_t *const *tables, uint32_t table_count)
+{
+    return number >= directory->slot_count ? -EINVAL : is_pinned(number, tables, table_count);
+}
+
 int cascade_directory_retire(const struct cascade_directory *directory, uint32_t number, uint32_t *const *tables, uint32_t table_count)
 {
     if (number >= directory->slot_count)

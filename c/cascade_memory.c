@@ -75,8 +75,9 @@ int cascade_prefault(void *addr, size_t n)
     if (errno != EINVAL)
         return -errno; /* ENOMEM: not mapped; EFAULT: the file behind it is too short or full */
     for (size_t i = 0; i < n; i += page) {
-        volatile uint8_t *byte = (volatile uint8_t *)addr + i;
-        *byte = *byte; /* a write fault, the byte stays */
+        /* A write fault that leaves the byte, whatever others write meanwhile. */
+        uint8_t *byte = (uint8_t *)addr + i, old = __atomic_load_n(byte, __ATOMIC_RELAXED);
+        __atomic_compare_exchange_n(byte, &old, old, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
     }
     return 0;
 }

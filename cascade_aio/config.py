@@ -133,6 +133,8 @@ class StoreConfig:
     """Only look: the root must exist, nothing in it is written, locked, recovered or created."""
     may_lose_unflushed: bool = False
     """Evict unwritten blocks from the arena without writing them."""
+    warm_restart: bool = False
+    """Keep the arena when the store is closed or its process dies, and start the next time with what it holds."""
     register_buffers: bool = True
     """Register the arena with io_uring where the memlock limit allows."""
 
@@ -175,7 +177,7 @@ _CHOICES = {
     for name, hint in typing.get_type_hints(StoreConfig).items()
     if typing.get_origin(hint) is Literal
 }
-SWITCHES = ("read_only", "may_lose_unflushed", "register_buffers")
+SWITCHES = ("read_only", "may_lose_unflushed", "register_buffers", "warm_restart")
 CONFIG_KEYS = tuple(field.name for field in dataclasses.fields(StoreConfig))
 
 
@@ -323,9 +325,10 @@ def _own_variables(variables: Mapping[str, str]) -> dict[str, str]:
 def arena_name(config: StoreConfig) -> str:
     """Name of the arena file in ``config.shm_dir``: the configured one, or one per user and root.
 
-    Two spellings of one root (relative, through a link) give one name.
+    Two spellings of one root (relative, through a link) give one name. An arena that is kept has another, so
+    that an embedded store beside a service that is down does not take its place.
     """
     if config.arena is not None:
         return config.arena
     identity = hashlib.sha256(os.fsencode(os.path.realpath(config.root))).hexdigest()
-    return f"cascade-{os.getuid()}-{identity[:16]}"
+    return f"cascade-{os.getuid()}-{identity[:16]}{'-kept' if config.warm_restart else ''}"

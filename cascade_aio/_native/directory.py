@@ -63,6 +63,9 @@ class Entry(NamedTuple):
         return self.word >> 8
 
 
+_NO_ENTRY = Entry(0, 0, 0, 0, 0, 0, 0, False, bytes(32), b"")
+
+
 class PinTable:
     """One mapping of a pin table: ``counts`` and ``touched`` per slot, and how often something was touched.
 
@@ -188,6 +191,10 @@ class NativeDirectory:
         """Free the slot unless somebody has a pin. ``False``: nothing has changed."""
         return lib.cascade_directory_withdraw(self._directory, slot, tables.pointer, tables.count) > 0
 
+    def is_pinned(self, slot: int, tables: PinTables) -> bool:
+        """Whether somebody has a pin now."""
+        return lib.cascade_directory_is_pinned(self._directory, slot, tables.pointer, tables.count) > 0
+
     def retire(self, slot: int, tables: PinTables) -> bool:
         """No new pins from now on. ``True``: the slot is free; ``False``: pins are left, ask again."""
         return lib.cascade_directory_retire(self._directory, slot, tables.pointer, tables.count) > 0
@@ -195,6 +202,8 @@ class NativeDirectory:
     def inspect(self, slot: int) -> tuple[SlotState | None, Entry]:
         """State and entry of any slot, whatever lies there; state ``None`` for one that is not sound."""
         rc = lib.cascade_directory_inspect(self._directory, slot, self._entry)
+        if rc == SlotState.FREE:
+            return SlotState.FREE, _NO_ENTRY
         return _STATES.get(rc), self._unpacked()
 
     def mark(self, slot: int, state: SlotState) -> bool:

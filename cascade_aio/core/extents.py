@@ -12,7 +12,7 @@ The same calls give the same offsets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from sortedcontainers import SortedList
@@ -62,6 +62,32 @@ class ExtentAllocator:
         self._capacity += size
         self._free += size
         self._insert_coalesced(start, size)
+
+    def take_over(self, nbytes: int, extents: Iterable[tuple[int, int]]) -> None:
+        """Start with one region ``[0, nbytes)`` of which ``extents`` are in use: what a former owner left there.
+
+        ``extents`` are (offset, bytes), ascending, whole granules, apart from each other. Only for an allocator
+        without regions; O(n log n).
+        """
+        assert not self._capacity, "the first region"
+        assert nbytes > 0, "a region has at least one granule"
+        self._note_region(0, nbytes >> self._shift)
+        self._capacity = nbytes >> self._shift
+        end = 0
+        for offset, length in extents:
+            start, size = offset >> self._shift, length >> self._shift
+            assert not (offset | length) & (self._granule_bytes - 1), "extents are whole granules"
+            assert end <= start, f"extent at {offset} overlaps the one before it"
+            self._give(end, start - end)
+            self._allocated_size_at[start] = size
+            end = start + size
+        assert end <= self._capacity, "the last extent ends outside"
+        self._give(end, self._capacity - end)
+
+    def _give(self, start: int, size: int) -> None:
+        if size:
+            self._free += size
+            self._insert_coalesced(start, size)
 
     def allocate(self, nbytes: int) -> int | None:
         """Offset of an extent of at least ``nbytes``, or ``None`` if no free extent is large enough.

@@ -16,8 +16,9 @@ prefix key names at most one row. Every call is O(1) and takes microseconds, unl
 
 from __future__ import annotations
 
+import itertools
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,10 @@ class BlockIndex:
         self._bindings = PrefixBindings(rows_max=capacity_max, slots_max=slots_max)
         self._used = 0
         self._free = array("I")
+        self.on_bind: Callable[[bytes, int], None] | None = None
+        """Told of every name that a row gets: (prefix, row)."""
+        self.on_unbind: Callable[[bytes, int], None] | None = None
+        """Told of every name that a row loses and outlives."""
 
     def find(self, block_id: bytes) -> int:
         """The row of the block with this id (16 bytes), or -1."""
@@ -192,7 +197,10 @@ class BlockIndex:
         that is its own parent and ``TierFullError`` at the limit of prefix keys.
         """
         assert self._flags[row], f"row {row} is not live"
-        return self._bindings.bind(prefix, row, parent, stamp)
+        fresh = self._bindings.bind(prefix, row, parent, stamp)
+        if fresh and self.on_bind is not None:
+            self.on_bind(prefix, row)
+        return fresh
 
     def find_prefix(self, prefix: bytes) -> int:
         """The row that ``prefix`` (32 bytes) names, or -1."""
@@ -200,18 +208,29 @@ class BlockIndex:
 
     def unbind(self, prefix: bytes) -> bool:
         """Forget a name; ``False`` if it named nothing. The block stays."""
+        if self.on_unbind is not None and (row := self._bindings.find(prefix)) >= 0:
+            self.on_unbind(prefix, row)
         return self._bindings.unbind(prefix)
 
     def unbind_until(self, row: int, stamp: int) -> None:
         """Forget the block's names that are not newer than ``stamp``, a deletion that the block itself
         outlived: O(its bindings)."""
         assert self._flags[row], f"row {row} is not live"
+        if self.on_unbind is not None:
+            for prefix, _, bound in self._bindings.newer_than(row, -1):
+                if bound <= stamp:
+                    self.on_unbind(prefix, row)
         self._bindings.unbind_until(row, stamp)
 
     def bindings_newer_than(self, row: int, stamp: int) -> list[tuple[PrefixKey, bytes | None, int]]:
         """(prefix, parent or ``None``, stamp) of the block's names that are newer than ``stamp``."""
         assert self._flags[row], f"row {row} is not live"
         return list(self._bindings.newer_than(row, stamp))
+
+    def oldest_bindings(self, row: int, count: int) -> list[tuple[PrefixKey, bytes | None, int]]:
+        """The same for at most ``count`` of its names, the oldest first: O(count)."""
+        assert self._flags[row], f"row {row} is not live"
+        return list(itertools.islice(self._bindings.newer_than(row, -1), count))
 
     def bindings(self, row: int) -> list[tuple[PrefixKey, bytes | None]]:
         """(prefix, parent or ``None``) of each name of the block; the oldest is the first."""

@@ -297,6 +297,17 @@ def decode_record(view: memoryview, identity: SegmentIdentity, *, path: str, off
     return header
 
 
+def decode_record_anywhere(view: memoryview, *, path: str) -> RecordHeader | None:
+    """The header at the start of ``view``, whatever place it claims: in an arena, whose extents come from anywhere.
+
+    ``None`` where no record starts; else errors as ``decode_record``.
+    """
+    if len(view) < PAGE_BYTES or view[:8] != RECORD_MAGIC:
+        return None
+    _, writer, sequence, offset = _origin(view)
+    return decode_record(view, SegmentIdentity(writer, sequence), path=path, offset=offset)
+
+
 def _origin(pages: memoryview) -> tuple[tuple[int, int, int], bytes, int, int]:
     """(Version, flags, reserved), writer, sequence and own offset of a record: what later formats keep in place."""
     fields = _RECORD.unpack_from(pages)

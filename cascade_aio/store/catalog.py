@@ -12,6 +12,7 @@ another, without I/O. Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from cascade_aio.abc.eviction import EvictionPolicy
 from cascade_aio.abc.storage import PAGE_BYTES
@@ -36,6 +37,7 @@ class Copy:
         "arrival",
         "block_id",
         "chunk_crcs",
+        "described",
         "digest",
         "extent",
         "header_bytes",
@@ -44,7 +46,9 @@ class Copy:
         "leases",
         "loading",
         "meta",
+        "rewarmed",
         "row",
+        "slot",
         "stamp",
         "state",
         "stranded",
@@ -84,6 +88,12 @@ class Copy:
         self.state = CopyState.FILLING
         self.used = 0
         """``Catalog.uses`` at the last use: admission, get, end of a lease."""
+        self.slot = -1
+        """Where the arena's directory lists it; -1: nowhere."""
+        self.described = False
+        """Whether its header pages say what it is, as a record's do: so of what was read from disk."""
+        self.rewarmed = False
+        """It was in the arena when the store was opened."""
         self.arrival: Arrival | None = None
         """What is there of a copy that is being read, or was not read to its end; ``None``: all of it."""
         self.loading: Callable[[], None] | None = None
@@ -98,6 +108,29 @@ class Copy:
         """Read-only view of the value part."""
         start = self.header_bytes + self.value_offset
         return self.extent.memory[start : start + self.value_bytes].toreadonly()
+
+
+class CopyPublisher(Protocol):
+    """Who lists copies in the arena's directory, where other processes find and pin them. Never suspends.
+
+    A copy that a client has pinned is held by the publisher until the client lets go.
+    """
+
+    def publish(self, copy: Copy) -> None:
+        """It is resident from now on."""
+        ...
+
+    def withdraw(self, copy: Copy) -> bool:
+        """It is to be evicted. ``False``: a client has it pinned; it is held now."""
+        ...
+
+    def retire(self, copy: Copy) -> None:
+        """It is no longer to be had; held if a client has it pinned."""
+        ...
+
+    def awaken(self, copy: Copy) -> None:
+        """It was dormant, and is resident from now on."""
+        ...
 
 
 class Catalog:
@@ -119,6 +152,10 @@ class Catalog:
         self.disk_policy = disk_policy
         self.copies: dict[int, Copy] = {}
         self.hot: dict[bytes, Copy] = {}
+        self.dormant: dict[int, Copy] = {}
+        """Copies that a former owner of the arena left, by row: not verified yet, so nobody may read them. They take
+        room and may be evicted like others."""
+        self.publisher: CopyPublisher | None = None
         self.copy_bytes = 0
         self.pinned_bytes = 0
         self.evicted_blocks = 0
@@ -158,7 +195,7 @@ class Catalog:
 
     def drop_row(self, row: int) -> None:
         """Forget the block entirely; a held copy keeps its extent until it is released."""
-        copy = self.copies.get(row)
+        copy = self.copies.get(row) or self.dormant.get(row)
         if copy is not None:
             self._detach(copy, CopyEvent.LOSE)
         self._leave_disk(row)
@@ -169,19 +206,56 @@ class Catalog:
         self.index.remove(row)
 
     def _forget_if_gone(self, row: int) -> None:
-        if row not in self.copies and self.index.location(row) is None:
+        if not self.is_in_arena(row) and self.index.location(row) is None:
             self._remove(row)
 
     # -- arena copies -------------------------------------------------------------------------
 
+    def is_in_arena(self, row: int) -> bool:
+        """Whether the arena has the block's bytes, readable now or once they are verified."""
+        return row in self.copies or row in self.dormant
+
     def admit(self, copy: Copy, row: int) -> None:
         """Seal ``copy`` as the resident copy of ``row``: readable from now on."""
         assert row not in self.copies, row
-        copy.state = advance(copy.state, CopyEvent.SEAL)
+        if self.dormant and (stale := self.dormant.get(row)) is not None:
+            self._detach(stale, CopyEvent.LOSE)  # the bytes came by another way, before anybody asked for these
         copy.row = row
+        self._seal(copy)
+        self._account_in_arena(copy)
+        if self.publisher is not None:
+            self.publisher.publish(copy)
+
+    def lay_by(self, copy: Copy, row: int) -> None:
+        """``copy`` was found in the arena and is not verified: dormant from now on."""
+        assert not self.is_in_arena(row), row
+        copy.row = row
+        self.dormant[row] = copy
+        self._account_in_arena(copy)
+
+    def awaken(self, copy: Copy) -> None:
+        """A dormant copy has been verified: readable from now on."""
+        del self.dormant[copy.row]
+        copy.rewarmed = True
+        self._seal(copy)
+        self.shm_policy.touch(copy.row)
+        if self.publisher is not None:
+            self.publisher.awaken(copy)
+
+    def reject(self, copy: Copy) -> None:
+        """A dormant copy is damaged; its row goes too if the block is nowhere else."""
+        row = copy.row
+        self._detach(copy, CopyEvent.LOSE)
+        self._forget_if_gone(row)
+
+    def _seal(self, copy: Copy) -> None:
+        copy.state = advance(copy.state, CopyEvent.SEAL)
         self.note_use(copy)
-        self.copies[row] = copy
+        self.copies[copy.row] = copy
         self.hot[copy.block_id] = copy
+
+    def _account_in_arena(self, copy: Copy) -> None:
+        row = copy.row
         self.copy_bytes += copy.extent.nbytes
         index = self.index
         self.shm_policy.admit(
@@ -213,6 +287,7 @@ class Catalog:
         self.on_room()
 
     def evict_one(self, *, unused_since: int | None = None) -> bool:
+<<<<<<< /tmp/servicemem/mrg/cascade_aio/store/catalog.py
         """Drop the coldest copy that nobody holds; with ``unused_since``, the coldest not used after it. False if
         there is none.
 
@@ -238,12 +313,31 @@ class Catalog:
 
     def evict(self, copy: Copy) -> None:
         """Drop this very copy, which is resident and nobody holds: the policy is told, not asked."""
+=======
+        """Drop the coldest copy that nobody holds. False if there is none, or if it was used after ``unused_since``."""
+        while (row := self.shm_policy.victim()) is not None:
+            copy = self.copies.get(row) or self.dormant[row]
+            if unused_since is not None and copy.used > unused_since:
+                return False
+            if self.evict(copy):
+                return True
+        return False
+
+    def evict(self, copy: Copy) -> bool:
+        """Drop this very copy, which is in the arena and nobody holds: the policy is told, not asked.
+
+        ``False`` if a client has it pinned: it is held now.
+        """
+>>>>>>> /tmp/servicemem/clean/cascade_aio/store/catalog.py
         row = copy.row
         assert copy.holds == 0, row
+        if copy.slot >= 0 and self.publisher is not None and not self.publisher.withdraw(copy):
+            return False
         self.evicted_blocks += 1
         self.evicted_bytes += copy.extent.nbytes
         self._detach(copy, CopyEvent.EVICT)
         self._forget_if_gone(row)
+        return True
 
     def note_use(self, copy: Copy) -> None:
         """Right now ``copy`` is the one used last."""
@@ -251,10 +345,13 @@ class Catalog:
         copy.used = self.uses
 
     def _detach(self, copy: Copy, event: CopyEvent) -> None:
-        copy.state = advance(copy.state, event)
+        if copy.slot >= 0 and self.publisher is not None:
+            self.publisher.retire(copy)
         row, copy.row = copy.row, -1
-        del self.copies[row]
-        del self.hot[copy.block_id]
+        if self.dormant.pop(row, None) is None:
+            copy.state = advance(copy.state, event)
+            del self.copies[row]
+            del self.hot[copy.block_id]
         self.copy_bytes -= copy.extent.nbytes
         if copy.holds:
             self.shm_policy.unpin(row)
@@ -269,10 +366,11 @@ class Catalog:
 
     def forget_copies(self) -> None:
         """The arena is closed: let go of its memory, but for copies that somebody still holds."""
-        for copy in self.copies.values():
+        for copy in (*self.copies.values(), *self.dormant.values()):
             if not copy.holds:
                 copy.extent.memory = memoryview(b"")
         self.copies.clear()
+        self.dormant.clear()
         self.hot.clear()
 
     def _free(self, copy: Copy) -> None:
@@ -316,7 +414,10 @@ class Catalog:
         return header_pages * PAGE_BYTES + payload_bytes_of(*self.index.lengths(row))
 
     def stored_bytes(self, row: int) -> int:
-        """What the record of a block on disk takes."""
+        """What the record of a block that is on disk, or dormant, takes."""
+        dormant = self.dormant.get(row)
+        if dormant is not None:
+            return dormant.extent.nbytes
         location = self.index.location(row)
         assert location is not None, row
         return self.record_bytes(row, location[2])

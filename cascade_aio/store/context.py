@@ -24,6 +24,7 @@ from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.catalog import Catalog, Copy
 from cascade_aio.store.lending import LeaseDesk
 from cascade_aio.store.merging import PROVISIONAL, CatalogMerger
+from cascade_aio.store.publishing import Publisher, RewarmReport
 from cascade_aio.store.room import ArenaRoom
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
@@ -150,6 +151,9 @@ class StoreContext:
     )
     closers: list[Callable[[], Awaitable[None]]] = dataclasses.field(default_factory=list)
     """What ``close_store`` runs after the background tasks have ended, first one first."""
+    publisher: Publisher | None = None
+    """Of a store that keeps its arena (``warm_restart``)."""
+    rewarmed: RewarmReport = dataclasses.field(default_factory=RewarmReport)
     prefaulted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     store_id: bytes = b""
     """Uuid of the root."""

@@ -21,6 +21,7 @@ from cascade_aio.errors import (
 )
 from cascade_aio.model import BLOCK_ID_BYTES, PREFIX_KEY_BYTES, BlockId, PrefixKey, Tier, is_prefix_key
 from cascade_aio.store.block import Block
+from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.loading import Loader, Waiter
 from cascade_aio.store.room import Claim
@@ -134,11 +135,19 @@ class Getter:
         except BaseException:
             self.loader.leave(row, waiter)
             raise
-        context.counters.disk_hits += 1
         try:
-            return context.desk.lend(copy, Tier.DISK)
+            return self._lend_loaded(copy)
         finally:
             self._catalog.release(copy)
+
+    def _lend_loaded(self, copy: Copy) -> Block:
+        """A lease on what a load ended with: read from disk, or found in the arena at opening and verified now."""
+        counters = self._context.counters
+        if copy.rewarmed:
+            counters.shm_hits += 1
+            return self._context.desk.lend(copy, Tier.SHM)
+        counters.disk_hits += 1
+        return self._context.desk.lend(copy, Tier.DISK)
 
     def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
         """How many leading keys are cached and where. No I/O, no lease: it may change at the next await."""
@@ -148,7 +157,7 @@ class Getter:
             row = self.find_prefix(key)
             if row < 0:
                 break
-            tiers.append(Tier.SHM if row in self._catalog.copies else Tier.DISK)
+            tiers.append(Tier.SHM if self._catalog.is_in_arena(row) else Tier.DISK)
         return PrefixLookup(tuple(tiers))
 
     def find_prefix(self, key: PrefixKey) -> int:
@@ -193,8 +202,7 @@ class Getter:
                         blocks.append(item)
                         continue
                     copy = await item
-                    context.counters.disk_hits += 1
-                    blocks.append(context.desk.lend(copy, Tier.DISK))
+                    blocks.append(self._lend_loaded(copy))
                     self._catalog.release(copy)
         except TimeoutError:
             context.counters.late_reads += 1

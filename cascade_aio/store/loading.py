@@ -25,6 +25,7 @@ from cascade_aio.segments.format import RecordHeader, value_offset_of
 from cascade_aio.segments.reader import RecordRead
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
+from cascade_aio.store.rewarming import rouse
 from cascade_aio.store.room import Claim
 
 Waiter = asyncio.Future[Copy]
@@ -161,6 +162,10 @@ class Loader:
             present = self._present(row, load)
             if present is not None:
                 return present
+            dormant = catalog.dormant.get(row)
+            if dormant is not None:
+                await rouse(context, dormant)
+                continue
             location = catalog.index.location(row)
             assert location is not None, "a row without a copy in the arena has one on disk"
             extent = await context.room.reserve(
@@ -222,6 +227,7 @@ class Loader:
         present = self._present(row, load)
         if present is None and failure is None:
             copy.arrival = None
+            copy.described = True
             catalog.admit(copy, row)
             return copy
         if present is None and failure is not None and catalog.index.location(row) == tuple(location):

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Awaitable, Callable, Generator
@@ -26,25 +27,31 @@ from cascade_aio.errors import ConfigError
 from cascade_aio.io.engine import EngineLimits
 from cascade_aio.io.platform import open_platform
 from cascade_aio.segments.hosts import this_host
-from cascade_aio.segments.layout import WriterClaim, claim_writer, find_root, open_root
+from cascade_aio.segments.layout import Root, WriterClaim, claim_writer, find_root, open_root
 from cascade_aio.segments.reader import SegmentReader
 from cascade_aio.segments.stripe import prepare_directory
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.segments.writer import SegmentWriter, WriterLimits
 from cascade_aio.store.adopting import Adopter
-from cascade_aio.store.catalog import Catalog
+from cascade_aio.store.catalog import Catalog, Copy
 from cascade_aio.store.closing import run_all
 from cascade_aio.store.context import StoreContext, TaskScope
 from cascade_aio.store.getting import Getter
 from cascade_aio.store.lending import LeaseDesk
 from cascade_aio.store.prefetching import Prefetcher
+from cascade_aio.store.publishing import Publisher
 from cascade_aio.store.putting import Putter
 from cascade_aio.store.recovering import recover, save_checkpoint
+from cascade_aio.store.rewarming import rewarm, write_unwritten
 from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.store import Store
-from cascade_aio.tiers.arena import Arena, PrivateArena, open_arena
+from cascade_aio.tiers.arena import Arena, PrivateArena, SharedArena, open_arena, open_kept_arena
+from cascade_aio.tiers.directory import ArenaDirectory
+from cascade_aio.tiers.directory_format import DirectoryIdentity
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
+
+logger = logging.getLogger("cascade_aio.store")
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"prefix-lru": PrefixLru, "hit-density": HitDensity}
 """By the name that the setting ``eviction`` gives them; each tier has its own."""
@@ -150,10 +157,11 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
         config = dataclasses.replace(config, digest=root.digest, disk_bytes=None)  # type: ignore[arg-type]
     else:
         root = await open_root(storage, config.root, config.digest, clock=platform.clock)
+    empty_because: str | None = None
     if arena is None and config.read_only and config.arena is None:
         arena = PrivateArena(config.shm_bytes)
     if arena is None:
-        arena = await open_arena(os.path.join(config.shm_dir, arena_name(config)), config.shm_bytes)
+        arena, empty_because = await _open_arena(config, root)
     undo.push_sync(arena.close)
     host = await asyncio.to_thread(this_host, config.root)
     if config.read_only:
@@ -204,12 +212,42 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
         background.spawn(space.run(), "cascade-space")
     undo.push(context.tasks.close)
     undo.push_sync(prefetcher.close)
+    if isinstance(arena, SharedArena) and arena.directory is not None:
+        await _publish(context, arena, arena.directory, empty_because)
     context.tasks.spawn(_prefault(context), "cascade-prefault")
     if config.adopt_seconds is not None and not config.read_only:
         context.tasks.spawn(adopter.run(config.adopt_seconds), "cascade-adopter")
     context.stripe = stripe
     context.closers = undo.steps
     return Store(context, getter, Putter(context, getter), space, prefetcher)
+
+
+async def _open_arena(config: StoreConfig, root: Root) -> tuple[SharedArena, str | None]:
+    """The arena, and why it is empty if it might not be."""
+    path = os.path.join(config.shm_dir, arena_name(config))
+    if not config.warm_restart or config.read_only:
+        return await open_arena(path, config.shm_bytes), None
+    return await open_kept_arena(path, DirectoryIdentity(config.shm_bytes, root.store, root.digest))
+
+
+async def _publish(
+    context: StoreContext, arena: SharedArena, directory: ArenaDirectory, empty_because: str | None
+) -> None:
+    """Take over what the arena holds and let other processes find what it will hold."""
+    publisher = Publisher(arena, directory, context.catalog, context.config.digest)
+    unwritten: list[Copy] = []
+    context.rewarmed.empty_because = empty_because
+    if arena.keep:
+        unwritten = await rewarm(context, publisher, directory)
+        report = context.rewarmed
+        logger.info("%d blocks of %s were in the arena %s", report.blocks, format_size(report.bytes), arena.path)
+    else:
+        logger.info("the arena %s starts empty: %s", arena.path, empty_because)
+    publisher.start()
+    context.publisher = publisher
+    context.tasks.spawn(publisher.run(), "cascade-publisher")
+    if unwritten:
+        context.tasks.spawn(write_unwritten(context, unwritten), "cascade-unwritten")
 
 
 async def _stripe(config: StoreConfig, path: str) -> str:

@@ -262,8 +262,9 @@ class Pump:
             if copy.holds:
                 kept.append((copy, used))
                 continue
-            self._catalog.evict(copy)
-            given = True
+            given = self._catalog.evict(copy)
+            if not given:
+                kept.append((copy, used))
         self._consumed.extend(reversed(kept))
         return given
 

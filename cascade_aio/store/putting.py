@@ -229,6 +229,7 @@ class Putter:
             except TierFullError:
                 catalog.index.remove(row)
                 raise
+        copy.stamp = stamp
         catalog.admit(copy, row)
         context.append(copy, () if draft.prefix is None else ((draft.prefix, draft.parent),), stamp)
         return self._named(draft, copy.block_id), True

@@ -363,6 +363,9 @@ class Store:
                 "evicted_blocks": catalog.evicted_blocks,
                 "evicted_bytes": catalog.evicted_bytes,
                 "waits_for_room": context.room.waited,
+                "dormant_blocks": len(catalog.dormant),
+                "directory": None if context.publisher is None else context.publisher.statistics(),
+                "rewarmed": None if context.publisher is None else dataclasses.asdict(context.rewarmed),
                 "loading": self._getter.loading,
             },
             "disk": {
@@ -394,7 +397,7 @@ def list_blocks(context: StoreContext, first_row: int = 0) -> Iterator[tuple[int
     catalog = context.catalog
     index = catalog.index
     for row in index.rows(first_row):
-        tiers: tuple[Tier, ...] = (Tier.SHM,) if row in catalog.copies else ()
+        tiers: tuple[Tier, ...] = (Tier.SHM,) if catalog.is_in_arena(row) else ()
         if index.location(row) is not None:
             tiers += (Tier.DISK,)
         key_bytes, value_bytes = index.lengths(row)

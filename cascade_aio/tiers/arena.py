@@ -23,7 +23,9 @@ from typing import Protocol
 from cascade_aio._native import map_shared
 from cascade_aio.config import format_size
 from cascade_aio.errors import BrokenTierError, ConfigError, TierFullError
-from cascade_aio.io.waiting import call_in_thread
+from cascade_aio.io.waiting import call_in_thread, call_with_undo
+from cascade_aio.tiers.directory import ArenaDirectory, DirectoryUnusableError, remove_files
+from cascade_aio.tiers.directory_format import DIRECTORY_SUFFIX, DirectoryIdentity
 
 MAPPING_ALIGNMENT = 2 << 20
 """A huge page of x86-64 and of aarch64 with 4 KiB pages."""
@@ -75,6 +77,10 @@ class SharedArena:
     nbytes: int
     _fd: int
     _memory: memoryview
+    directory: ArenaDirectory | None = None
+    """Of an arena that may be kept: belongs to it."""
+    keep: bool = False
+    """Leave the files to the next owner at close."""
     _owner_pid: int = dataclasses.field(default_factory=os.getpid)
 
     @property
@@ -90,12 +96,57 @@ class SharedArena:
             return
         fd, self._fd = self._fd, -1
         self._memory = memoryview(b"")
+        if self.directory is not None:
+            self.directory.close()
+        if self.keep and self.directory is not None:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a mapping that lives on would keep the lock, too
+            os.close(fd)
+            return
         # Unlink before the lock goes with the descriptor: nobody can lock a name that is gone. Not another
         # store's file of the same name, and not from a forked child, whose parent goes on.
         if self._owner_pid == os.getpid() and _is_at(fd, self.path):
+            if self.directory is not None:
+                remove_files(self.path)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
         os.close(fd)
+
+    def reopen_fd(self, *, writable: bool) -> int:
+        """A new descriptor of the file, for another process; the caller closes it."""
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{self._fd}", mode | os.O_CLOEXEC)
+
+
+async def open_kept_arena(path: str, identity: DirectoryIdentity) -> tuple[SharedArena, str | None]:
+    """The arena ``path`` with its ``directory``, as a former owner left them, or new and empty; and why it is
+    empty, ``None`` if it is not.
+
+    An arena that was taken over has ``keep`` set; of a new one its owner sets it when it has got so far. Of several
+    who open it at once, one gets it. Errors, blocking and cancellation as ``open_arena``.
+    """
+
+    def undo(taken: SharedArena | str) -> None:
+        if not isinstance(taken, str):
+            taken.close()
+
+    taken = await call_with_undo(None, lambda: _take_over(path, identity), undo)
+    if not isinstance(taken, str):
+        return taken, None
+    arena = await open_arena(path, identity.arena_bytes)
+    try:
+        arena.directory = ArenaDirectory.create(path + DIRECTORY_SUFFIX, identity)
+    except BaseException:
+        arena.close()
+        raise
+    return arena, taken
+
+
+def remove_arena(path: str) -> None:
+    """Remove an arena that nobody owns, with its directory and pin tables; nothing if there is none.
+
+    Raises ``ConfigError`` if it is in use. Blocks as ``unlink`` of so much memory does.
+    """
+    _remove_stale(path)
 
 
 async def open_arena(path: str, nbytes: int) -> SharedArena:
@@ -150,12 +201,56 @@ def _lock_file(path: str) -> int:
     raise BrokenTierError(f"the arena {path} keeps being replaced by another process; choose another arena='name'")
 
 
+def _take_over(path: str, identity: DirectoryIdentity) -> SharedArena | str:
+    """Arena and directory of a former owner, or why there is nothing to take over; what is useless stays for
+    ``open_arena`` to remove. Raises ``ConfigError`` for what is in use or is none."""
+    fd = _lock_stale(path)
+    if fd is None:
+        return "there was no arena"
+    arena: SharedArena | None = None
+    try:
+        found = os.fstat(fd)
+        if found.st_size != identity.arena_bytes:
+            return f"the arena has {format_size(found.st_size)}, {format_size(identity.arena_bytes)} are configured"
+        if found.st_blocks * 512 < identity.arena_bytes:
+            return "the arena was never completely allocated"
+        try:
+            directory = ArenaDirectory.take_over(path + DIRECTORY_SUFFIX, identity)
+        except DirectoryUnusableError as error:
+            return str(error)
+        try:
+            memory = map_shared(fd, identity.arena_bytes, MAPPING_ALIGNMENT)
+        except BaseException:
+            directory.close()
+            raise
+        arena = SharedArena(path, identity.arena_bytes, fd, memory, directory, keep=True)
+        return arena
+    finally:
+        if arena is None:
+            os.close(fd)
+
+
 def _remove_stale(path: str) -> None:
     """Unlink an arena that nobody owns. Raises ``ConfigError`` for one that is in use or is none."""
+    fd = _lock_stale(path)
+    if fd is None:
+        return
+    try:
+        remove_files(path)
+        os.unlink(path)
+    finally:
+        os.close(fd)
+
+
+def _lock_stale(path: str) -> int | None:
+    """A locked descriptor of an arena that nobody owns; ``None`` if there is none (any more).
+
+    Raises ``ConfigError`` for one that is in use or is none.
+    """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
-        return
+        return None
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be used as an arena ({error.strerror}); remove it or choose another arena='name'"
@@ -172,9 +267,12 @@ def _remove_stale(path: str) -> None:
                 "own with arena='name' (several stores may share a root, each with an arena of its own)"
             )
         if _is_at(fd, path):
-            os.unlink(path)
+            locked, fd = fd, -1
+            return locked
+        return None
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 def _lock(fd: int) -> bool:

@@ -21,10 +21,15 @@ import uuid
 from collections.abc import Iterator
 
 from cascade_aio._native import map_shared
-from cascade_aio._native.directory import INLINE_META_BYTES_MAX, Entry, NativeDirectory, PinTable, PinTables, SlotState
+from cascade_aio._native.directory import INLINE_META_BYTES_MAX, Entry, NativeDirectory, PinTable, PinTables
+from cascade_aio._native.directory import SlotState as NativeSlotState
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import LeaseError, TierFullError
 from cascade_aio.tiers import directory_format as fmt
+
+DirectoryEntry = Entry
+SlotState = NativeSlotState
+"""What a slot says and is, for the layers above, which may not touch ``_native``."""
 
 PIN_TABLES_MAX = 1024
 """Clients at once, those of former owners included: each is one more look at every eviction."""
@@ -244,6 +249,10 @@ class ArenaDirectory:
             return False
         self._freed(slot)
         return True
+
+    def is_pinned(self, slot: int) -> bool:
+        """Whether a client has the block pinned now."""
+        return self._native.is_pinned(slot, self._tables)
 
     def retire(self, slot: int) -> bool:
         """Nobody may pin the block any more. ``True``: the slot is free. ``False``: pins are left; ask again."""

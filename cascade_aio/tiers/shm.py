@@ -9,7 +9,7 @@ extent is never handed out before its pages exist. Who may stay in the tier is n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, Storage
 from cascade_aio.core.extents import ExtentAllocator
@@ -44,6 +44,7 @@ class ShmTier:
         self._register = register
         self._allocator = ExtentAllocator(granule_bytes=PAGE_BYTES)
         self.capacity_bytes = len(arena.memory)
+        self._taken_over = False
         self.huge_bytes = 0
         """How much of what is ready lies in huge pages: direct I/O is twice as fast there."""
 
@@ -60,8 +61,20 @@ class ShmTier:
     def largest_free_bytes(self) -> int:
         return self._allocator.largest_free_bytes
 
+    def take_over(self, extents: Sequence[tuple[int, int]]) -> list[Extent]:
+        """Start with what a former owner left: all pages are there, these (offset, bytes) are in use.
+
+        They ascend and do not overlap. Returns them as extents, in the same order. Before ``prefault``.
+        """
+        self._allocator.take_over(self.capacity_bytes, extents)
+        self._taken_over = True
+        memory = self._arena.memory
+        return [Extent(offset, memory[offset : offset + nbytes]) for offset, nbytes in extents]
+
     async def prefault(self, on_room: Callable[[], None]) -> None:
         """Populate the whole arena in worker threads, calling ``on_room`` as room appears.
+
+        One that was taken over is only mapped in, and can be used meanwhile.
 
         Then announces it to the I/O engine for registered buffers. Cancellation stops between
         pieces; what is populated stays usable.
@@ -72,8 +85,9 @@ class ShmTier:
         while start < self.capacity_bytes:
             nbytes = min(piece_bytes, self.capacity_bytes - start)
             self.huge_bytes += await self._engine.prefault(memory[start : start + nbytes])
-            self._allocator.add_region(start, nbytes)
-            on_room()
+            if not self._taken_over:
+                self._allocator.add_region(start, nbytes)
+                on_room()
             start += nbytes
             piece_bytes = min(2 * piece_bytes, _PIECE_BYTES_MAX)
         if self._register:
