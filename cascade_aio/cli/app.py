@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cascade_aio.cli.blocks import get, ls, put
+from cascade_aio.cli.compacting import compact
 from cascade_aio.cli.demo import demo
 from cascade_aio.cli.doctor import doctor
 from cascade_aio.cli.inspection import stat, verify, version
@@ -20,5 +21,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, put, get, ls, stat, verify, repair, doctor, trace, serve, prefetch, version):
+for command in (demo, put, get, ls, stat, verify, repair, compact, doctor, trace, serve, prefetch, version):
     app.command()(command)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ from cascade_aio.segments.buffers import page_buffer
 from cascade_aio.segments.footer import FooterTables, footer_bytes
 from cascade_aio.segments.pending import Append, TicketFifo
 from cascade_aio.segments.table import SegmentEntry
+
+DISCARD_SECONDS_MAX = 1.0
+"""Whoever is cancelled while making a file waits so long for its removal: storage may hang."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -206,6 +210,12 @@ async def create_file(storage: Storage, entry: SegmentEntry, header: fmt.Segment
         await storage.write(file, [page], 0)
         await storage.sync(file)
         await storage.sync_directory(directory)
+    except asyncio.CancelledError:
+        with contextlib.suppress(TimeoutError, OSError):  # else an empty file is left, which the next adopter removes
+            async with asyncio.timeout(DISCARD_SECONDS_MAX):
+                await file.close()
+                await storage.unlink(entry.path)
+        raise
     except BaseException:
         await file.close()
         await storage.unlink(entry.path)

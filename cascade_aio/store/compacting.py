@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from cascade_aio.errors import CorruptionError
 from cascade_aio.model import BLOCK_ID_BYTES
 from cascade_aio.segments import format as fmt
+from cascade_aio.segments.active import DISCARD_SECONDS_MAX
 from cascade_aio.segments.copying import Item, Pace, SegmentCopy, capacity_for
 from cascade_aio.segments.facts import BindingFact, DamageFact, Location, TombstoneFact
 from cascade_aio.segments.layout import Root, WriterClaim
@@ -36,9 +37,6 @@ logger = logging.getLogger("cascade_aio.store")
 
 UNREADABLE_SECONDS = 60.0
 """A segment whose notes or records could not be read is not looked at again for so long."""
-
-DISCARD_SECONDS_MAX = 1.0
-"""A cancelled compaction waits so long for its file to be removed: storage may hang."""
 
 STEP_BLOCKS = 64
 """Blocks looked at between two turns of the loop, some 10 µs each."""

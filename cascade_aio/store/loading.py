@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 from copy import copy as copied
 
 from cascade_aio.abc.storage import PAGE_BYTES, Priority, Urgency
@@ -25,8 +26,11 @@ from cascade_aio.segments.format import RecordHeader, value_offset_of
 from cascade_aio.segments.reader import RecordRead
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
+from cascade_aio.store.recovering import refresh
 from cascade_aio.store.rewarming import rouse
 from cascade_aio.store.room import Claim
+
+logger = logging.getLogger("cascade_aio.store")
 
 Waiter = asyncio.Future[Copy]
 """Of a copy, with one hold for the waiter, who ends it by ``Catalog.release`` or ``Loader.leave``."""
@@ -230,10 +234,24 @@ class Loader:
             copy.described = True
             catalog.admit(copy, row)
             return copy
+        if present is None and isinstance(failure, BlockNotFoundError) and await self._looked_again(location.segment):
+            present = self._present(row, load)
         if present is None and failure is not None and catalog.index.location(row) == tuple(location):
             raise self._judge(row, location.segment, failure)
         _end(copy, _not_found(load.block_id, "its record was moved while it was being read; get it again"))
         return present
+
+    async def _looked_again(self, segment: int) -> bool:
+        """Another writer has removed the segment: it may have moved the block to a newer one, which is news to us."""
+        entry = self._catalog.segments.get(segment)
+        if entry is None or entry.own:
+            return False
+        try:
+            await refresh(self._context)
+        except OSError as error:  # then it is a miss
+            logger.warning("other writers of %s could not be looked at: %s", self._context.config.root, error)
+            return False
+        return True
 
     def _first_bytes(self, load: _Load, copy: Copy, header: RecordHeader) -> None:
         """The header is verified, and with it the first chunks."""

@@ -379,6 +379,7 @@ class SpaceKeeper:
         copied = counters.copied_blocks, counters.copied_bytes
         dropped = await self._look_at_deletions()
         await self._compact_all(on_progress, bandwidth)
+        dropped += await self._look_at_deletions()  # of what was removed just now
         after = [entry for entry in context.disk.table if entry.own]
         return CompactionReport(
             segments_before=len(before),

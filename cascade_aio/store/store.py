@@ -329,7 +329,7 @@ class Store:
         again. Damaged records are reported and their segments stay. Raises ``TierFullError`` (no room for a
         copy), ``BrokenTierError``, ``OSError``; nothing is lost then.
         """
-        self._context.check()
+        self._context.check_writable()
         limit = None if bandwidth is None else parse_size(bandwidth)
         return await self._context.while_open(self._space.compact(on_progress, bandwidth=limit))
 
