@@ -425,7 +425,8 @@ class SegmentRecovery:
     ) -> AsyncIterator[Fact]:
         """Own records beyond the last known sync: the sound ones, made durable before they are told.
 
-        Holes between them, which writes that never ended have left, are filled with empty notes, so that
+        They are written again: after a sync that failed, a page may be sound in memory and in memory only, and
+        the next sync would pass over it. Holes between them, which writes that never ended have left, are filled with empty notes, so that
         whoever walks the sealed segment meets records only, and takes nothing for damage.
         """
         buffer = page_buffer(VERIFY_BYTES) if held else memoryview(b"")
@@ -452,6 +453,7 @@ class SegmentRecovery:
         if durable:
             try:
                 sound = await self._filled(sound, torn)
+                await self._write_again(max(PAGE_BYTES, synced), _end_of(sound[-1]), buffer)
                 await self._storage.sync(file)
             except OSError:
                 durable = False  # some may have been promised: they are told, and the next opening tries again
@@ -460,6 +462,17 @@ class SegmentRecovery:
             for fact in self._accept(item, provisional=not durable):
                 yield fact
         self._sealable = durable
+
+    async def _write_again(self, start: int, end: int, buffer: memoryview) -> None:
+        """The same bytes to the same place, through ``buffer``. Raises ``OSError``."""
+        file = await self._storage.open(self._entry.path, writable=True)
+        try:
+            for offset in range(start, end, len(buffer)):
+                piece = buffer[: min(len(buffer), end - offset)]
+                await read_pages(self._storage, file, piece, offset)
+                await self._storage.write(file, [piece], offset)
+        finally:
+            await file.close()
 
     def _report_torn(self, header: fmt.RecordHeader, damage: CorruptionError) -> None:
         report = self._report

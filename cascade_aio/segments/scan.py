@@ -125,6 +125,8 @@ async def scan_records(
             limit = window.end if search_bytes is None else min(window.end, position + search_bytes)
             found, skipped = await _search(window, entry, position + PAGE_BYTES, limit)
             behind = end if found is None else found.offset
+            if skipped and not unread:
+                reason += ", and unreadable pages behind"
             yield Gap(position, behind - position, reason, found is not None, unread or skipped)
             if found is None:
                 return
