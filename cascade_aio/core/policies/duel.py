@@ -1,6 +1,6 @@
 """Which order of eviction would have had the most hits lately: small shadow caches on a sample of blocks.
 
-A model may be wrong about traffic it was not made for. So the learnt order runs against two simple
+A model may be wrong about traffic it was not made for. So the learnt order runs against three simple
 ones: each rules a *shadow*, a cache of names without blocks, which sees the uses of one block in
 2 ** shift (chosen by hash) and holds as large a part of the tier's blocks. All shadows see the same
 uses, so their hits can be compared whoever rules the tier. A simple order takes over while it leads by
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Protocol
 
-from cascade_aio.core.policies.orders import LEAST_RECENT, LEAST_USED, Order
+from cascade_aio.core.policies.orders import KEEP_OLD, LEAST_RECENT, LEAST_USED, Order
 from cascade_aio.core.policies.queues import AgedQueues
 
 SLOTS_MAX = 512
@@ -29,6 +29,7 @@ MARGIN = 1.0
 """Lead that a simple order needs over the learnt one, in square roots of its hits."""
 
 _HASHES = 1 << 64
+_SIMPLE = (LEAST_USED, KEEP_OLD, LEAST_RECENT)  # in the order of the shadows
 
 
 class _Shadow(Protocol):
@@ -48,13 +49,13 @@ class _RecencyShadow:
 
     def use(self, hashed: int, kind: int, now: int, room: int) -> None:
         names = self._names
+        while len(names) > room:
+            names.popitem(last=False)
         if hashed in names:
             self.hits += 1
             names.move_to_end(hashed)
         else:
             names[hashed] = None
-        while len(names) > room:
-            names.popitem(last=False)
 
     def advance(self, now: int) -> None:
         """Its order does not depend on ages."""
@@ -79,6 +80,8 @@ class _QueueShadow:
 
     def use(self, hashed: int, kind: int, now: int, room: int) -> None:
         queues = self._queues
+        while len(self._slots) > room:  # of uses before this one: what the newest is may still turn out
+            self._drop(queues.first())
         slot = self._slots.get(hashed)
         if slot is None:
             slot = self._slots[hashed] = self._new_slot(hashed)
@@ -87,8 +90,12 @@ class _QueueShadow:
             queues.unlink(slot)
         queues.tick[slot] = now
         queues.append(slot, kind)
-        while len(self._slots) > room:
-            self._drop(queues.first())
+
+    def reclassify(self, hashed: int, kind: int, now: int) -> None:
+        slot = self._slots.get(hashed)
+        if slot is not None:
+            self._queues.unlink(slot)
+            self._queues.put_back(slot, kind, now)
 
     def advance(self, now: int) -> None:
         self._queues.advance(now)
@@ -119,7 +126,8 @@ class Duel:
     def __init__(self) -> None:
         self._shift = SHIFT_MIN
         self._learnt = _QueueShadow(LEAST_RECENT)
-        self._shadows: tuple[_Shadow, ...] = (self._learnt, _QueueShadow(LEAST_USED), _RecencyShadow())
+        self._queued = (self._learnt, _QueueShadow(LEAST_USED), _QueueShadow(KEEP_OLD))
+        self._shadows: tuple[_Shadow, ...] = (*self._queued, _RecencyShadow())
         self._scores = [0.0] * len(self._shadows)
         self._uses = 0
         self.ruler: Order | None = None
@@ -136,24 +144,30 @@ class Duel:
     def use(self, hashed: int, kind: int, now: int, resident: int) -> bool:
         """A block of the sample was used and is of class ``kind`` from now on, at event ``now``, in a tier of
         ``resident`` blocks. Whether it was time for a judgement and ``ruler`` has changed."""
-        room = resident >> self._shift
-        if room >= SLOTS_MAX:
+        room = (resident >> self._shift) + 1
+        if room > SLOTS_MAX:
             self._shift += 1
             for shadow in self._shadows:
                 shadow.shrink(self.threshold)
             return False
         for shadow in self._shadows:
-            shadow.use(hashed, kind, now, room + 1)
+            shadow.use(hashed, kind, now, room)
         self._uses += 1
         return self._uses % JUDGE_USES == 0 and self._judge(now)
+
+    def reclassify(self, hashed: int, kind: int, now: int) -> None:
+        """A block of the sample turned out to be of class ``kind`` (it does not end its prompt)."""
+        for shadow in self._queued:
+            shadow.reclassify(hashed, kind, now)
 
     def _judge(self, now: int) -> bool:
         for number, shadow in enumerate(self._shadows):
             shadow.advance(now)
             self._scores[number] = self._scores[number] * MEMORY + shadow.hits
             shadow.hits = 0
-        learnt, least_used, least_recent = self._scores
+        learnt, *simple = self._scores
+        lead = max(simple)
         before, self.ruler = self.ruler, None
-        if max(least_used, least_recent) > learnt + MARGIN * max(learnt, 1.0) ** 0.5:
-            self.ruler = LEAST_USED if least_used >= least_recent else LEAST_RECENT
+        if lead > learnt + MARGIN * max(learnt, 1.0) ** 0.5:
+            self.ruler = _SIMPLE[simple.index(lead)]
         return before is not self.ruler

@@ -257,8 +257,11 @@ class HitDensity:
         flags = self._flags[above]
         if flags & (_RESIDENT | _HAD_CHILD) == _RESIDENT:
             self._flags[above] = flags | _HAD_CHILD
-            if flags & _KNOWN and self._hash[above] < self._sample.threshold:
-                self._sample.reclassify(self._hash[above], _LEARNT_OF_CLASS[self._class(above)])
+            hashed = self._hash[above]
+            if flags & _KNOWN and hashed < self._watched:
+                kind = self._class(above)
+                self._sample.reclassify(hashed, _LEARNT_OF_CLASS[kind])
+                self._duel.reclassify(hashed, kind, self._now)
 
     def _is_circle(self, slot: int, above: int) -> bool:
         for _ in range(CYCLE_STEPS_MAX):

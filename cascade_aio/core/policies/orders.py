@@ -40,6 +40,9 @@ def _order(worth: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> Order:
 LEAST_RECENT = _order(np.zeros(CLASSES * AGES))
 LEAST_USED = _order(uses_levels()[_CLASS])
 """Fewest uses first, those before an eviction included; of equals the least recent one."""
+KEEP_OLD = _order(uses_levels()[_CLASS] * AGES - (AGES - 1 - _AGE))
+"""Fewest uses first, and of equals the most recent one: what is there stays, as in W-TinyLFU. The best one
+can do for what is read in the same order again and again."""
 
 
 def by_density(density: npt.NDArray[np.float64]) -> Order:
