@@ -287,7 +287,6 @@ class Catalog:
         self.on_room()
 
     def evict_one(self, *, unused_since: int | None = None) -> bool:
-<<<<<<< /tmp/servicemem/mrg/cascade_aio/store/catalog.py
         """Drop the coldest copy that nobody holds; with ``unused_since``, the coldest not used after it. False if
         there is none.
 
@@ -297,38 +296,24 @@ class Catalog:
         passed_over: list[int] = []
         try:
             while (row := self.shm_policy.victim()) is not None:
-                copy = self.copies[row]
+                copy = self.copies.get(row) or self.dormant[row]
                 if unused_since is not None and copy.used > unused_since:
                     if len(passed_over) == _PASSED_OVER_MAX:
                         return False
                     self.shm_policy.pin(row)
                     passed_over.append(row)
-                else:
-                    self.evict(copy)
+                elif self.evict(copy):
                     return True
             return False
         finally:
             for row in passed_over:
                 self.shm_policy.unpin(row)
 
-    def evict(self, copy: Copy) -> None:
-        """Drop this very copy, which is resident and nobody holds: the policy is told, not asked."""
-=======
-        """Drop the coldest copy that nobody holds. False if there is none, or if it was used after ``unused_since``."""
-        while (row := self.shm_policy.victim()) is not None:
-            copy = self.copies.get(row) or self.dormant[row]
-            if unused_since is not None and copy.used > unused_since:
-                return False
-            if self.evict(copy):
-                return True
-        return False
-
     def evict(self, copy: Copy) -> bool:
         """Drop this very copy, which is in the arena and nobody holds: the policy is told, not asked.
 
         ``False`` if a client has it pinned: it is held now.
         """
->>>>>>> /tmp/servicemem/clean/cascade_aio/store/catalog.py
         row = copy.row
         assert copy.holds == 0, row
         if copy.slot >= 0 and self.publisher is not None and not self.publisher.withdraw(copy):
