@@ -12,6 +12,7 @@ from cascade_aio.cli.inspection import stat, verify, version
 from cascade_aio.cli.prefetch import prefetch
 from cascade_aio.cli.repairing import repair
 from cascade_aio.cli.serve import serve
+from cascade_aio.cli.top import top
 from cascade_aio.cli.trace import trace
 
 app = typer.Typer(
@@ -21,5 +22,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, put, get, ls, stat, verify, repair, compact, doctor, trace, serve, prefetch, version):
+for command in (demo, put, get, ls, stat, verify, repair, compact, doctor, trace, serve, prefetch, top, version):
     app.command()(command)

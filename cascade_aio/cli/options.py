@@ -45,6 +45,7 @@ SETTING_HELP = {
     "put_wait_seconds_max": "How long to wait for arena room.",
     "adopt_seconds": "How often segments of dead writers are looked for; none: never.",
     "read_seconds_max": "Deadline of a disk read; none: no deadline.",
+    "stall_seconds_max": "A write or sync that takes longer: the storage hangs.",
     "workers": "Threads that copy and hash; none: all usable CPUs.",
     "stripe_count": "Lustre stripes of new files; -1: all targets.",
     "stripe_bytes": "Lustre stripe size.",
@@ -53,6 +54,7 @@ SETTING_HELP = {
     "eviction": "prefix-lru or hit-density: which blocks leave a full tier.",
     "read_only": "Only look: write nothing (what ls, get, stat and verify do anyway).",
     "may_lose_unflushed": "Evict unwritten blocks without writing them.",
+    "warm_restart": "Keep the arena at the end, and start with what it holds; 'serve' always does.",
     "register_buffers": "Register the arena with io_uring.",
 }
 _COMMON = ("root", "shm_bytes", "disk_bytes", "io_backend", "digest")

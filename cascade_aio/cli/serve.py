@@ -86,7 +86,8 @@ def serve(
     store, node = report["store"], report["service"]
     out.print(
         f"served {node['connections']} connections: {store['gets']} gets, {store['misses']} misses, "
-        f"{store['puts']} puts of {format_size(store['put_bytes'])}; {report['blocks']} blocks are safe in {config.root}",
+        f"{store['puts']} puts of {format_size(store['put_bytes'])}; {report['blocks']} blocks are safe in "
+        f"{config.root}",
         markup=False,
     )
 

@@ -140,6 +140,10 @@ class ServiceStore:
         """Whether the block is in shared memory; ``await contains(name)`` asks all tiers."""
         return self._getter.is_shared(name)
 
+    def __len__(self) -> int:
+        """Blocks that the service knows, up to date within a fraction of a second."""
+        return self._getter.blocks
+
     async def contains(self, name: BlockId | PrefixKey | str) -> bool:
         """Whether any tier holds the block."""
         self._connector.check()

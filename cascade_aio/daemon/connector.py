@@ -33,10 +33,11 @@ class Connector:
     def __init__(self, path: str, client: str, owner: int | None, reconnect_seconds_max: float) -> None:
         self.path = path
         self.reconnects = 0
-        self.on_link: Callable[[Link], None] = lambda link: None
         self.loop = asyncio.get_running_loop()
         self.closed = False
         self.link: Link | None = None
+        self.sight: Link | None = None
+        """The newest link, living or lost: what it sees in shared memory serves hot gets until its pins are void."""
         self.generations: set[str] = set()
         """Runs of the service in which something was put that no flush has covered yet."""
         self._client = client
@@ -117,6 +118,7 @@ class Connector:
         self.closed = True
         self._linked.set()  # whoever waits looks again
         link, self.link = self.link, None
+        self.sight = None
         await self._tasks.close()
         if link is not None:
             await link.aclose()
@@ -124,7 +126,7 @@ class Connector:
     # -- links ----------------------------------------------------------------------------------
 
     def _adopt(self, link: Link) -> None:
-        self.link = link
+        before, self.link, self.sight = self.sight, link, link
         link.on_lost = self._lost
         link.on_settled = self._settle
         for generation, session in self._settled:
@@ -132,7 +134,8 @@ class Connector:
                 link.note(p.Settled(session))
         self._settled.clear()
         self._linked.set()
-        self.on_link(link)
+        if before is not None and not before.outstanding:
+            self._settle(before)
         if link.lost is not None:  # between its welcome and now
             self._lost(link)
 
@@ -147,7 +150,13 @@ class Connector:
             self.spawn(self._reconnect(), "cascade-client-reconnect")
 
     def _settle(self, link: Link) -> None:
-        """Nothing of a lost link is in use any more: the service may use the memory again."""
+        """Nothing of a lost link is in use any more: the service may use the memory again.
+
+        What the newest link sees in shared memory is in use until there is a newer one.
+        """
+        if link is self.sight:
+            return
+        link.close_view()
         settled = (link.welcome.generation, link.welcome.session)
         if self.link is None:
             self._settled.append(settled)

@@ -15,12 +15,13 @@ from cascade_aio.config import format_size
 from cascade_aio.core.leases import LeaseLedger
 from cascade_aio.daemon.protocol import Grant
 from cascade_aio.errors import ProtocolError, ThrottledError, TierFullError
-from cascade_aio.model import BlockId
+from cascade_aio.model import BlockId, Tier
 from cascade_aio.store.block import Block
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.putting import Draft
 from cascade_aio.store.store import StoreParts
 from cascade_aio.store.streaming import BlockStream
+from cascade_aio.tiers.directory import ClientPins
 from cascade_aio.tiers.shm import Extent
 
 
@@ -45,13 +46,18 @@ class Reservation:
     known: BlockId | None
     on_end: Callable[[], None]
     """Called once, when it is sealed or given up."""
+    slot: int = -1
+    """In the shared directory, while the client may write."""
 
 
 class Holdings:
     """See the module's text."""
 
-    def __init__(self, parts: StoreParts, quota: Quota) -> None:
+    def __init__(self, parts: StoreParts, quota: Quota, pins: ClientPins | None) -> None:
         self._parts = parts
+        self._publisher = parts.context.publisher
+        self.pins = pins
+        """The client's pin table; ``None``: it has none, every lease is a number."""
         self._quota = quota
         self._ledger = LeaseLedger(leases_max=quota.leases)
         self._blocks: dict[int, Block] = {}
@@ -62,7 +68,8 @@ class Holdings:
         self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
 
     def __bool__(self) -> bool:
-        return bool(self._blocks or self._reservations)
+        pinned = self.pins is not None and any(True for _ in self.pins.pinned())
+        return pinned or bool(self._blocks or self._reservations)
 
     @property
     def leases(self) -> int:
@@ -80,7 +87,13 @@ class Holdings:
         or ``LeaseError`` raised."""
         copy = block.leased_copy
         assert isinstance(copy, Copy), "the service's own store"
-        extent = copy.extent
+        extent, tier = copy.extent, block.tier
+        slot = -1 if self._publisher is None or self.pins is None else self._publisher.slot_of(copy)
+        if slot >= 0:
+            assert self.pins is not None, "who has a slot has a table"
+            self.pins.pin(slot)
+            block.release()
+            return _grant(0, slot, copy, tier, complete=True)
         try:
             fresh = 0 if self._ledger.count(extent.offset) else extent.nbytes
             if self._blocks and self.pinned_bytes + fresh > self._quota.pinned_bytes:
@@ -94,18 +107,7 @@ class Holdings:
             block.release()
             raise
         self._blocks[number] = block
-        return Grant(
-            number,
-            copy.block_id,
-            extent.offset,
-            copy.header_bytes,
-            copy.key_bytes,
-            copy.value_offset,
-            copy.value_bytes,
-            copy.meta,
-            block.tier,
-            block.complete,
-        )
+        return _grant(number, -1, copy, tier, complete=block.complete)
 
     def block(self, number: int) -> Block:
         """Raises ``ProtocolError`` for a lease that is none of this connection."""
@@ -121,6 +123,13 @@ class Holdings:
             raise ProtocolError(f"lease {number} is none of this connection")
         self._ledger.release(number)
         block.release()
+
+    def revoke(self, grant: Grant) -> None:
+        """Take back a grant that the client never learned of."""
+        if grant.lease:
+            self.release(grant.lease)
+        elif self.pins is not None:
+            self.pins.unpin(grant.slot)
 
     # -- reservations ---------------------------------------------------------------------------
 
@@ -175,6 +184,8 @@ class Holdings:
         """A reservation whose bytes were admitted before."""
         self._numbers += 1
         made = self._reservations[self._numbers] = Reservation(self._numbers, draft, extent, known, on_end)
+        if self._publisher is not None and self.pins is not None:
+            made.slot = self._publisher.begin_filling(self.pins, extent)
         return made
 
     def take_reservation(self, number: int) -> Reservation:
@@ -188,8 +199,17 @@ class Holdings:
         """Free it unused. Raises ``ProtocolError`` for one that is none of this connection."""
         self.end_reservation(self.take_reservation(number), sealed=False)
 
+    def filled(self, reservation: Reservation) -> None:
+        """The client writes no more. Repeated calls do nothing."""
+        if reservation.slot >= 0:
+            assert self._publisher is not None, "who has a slot has a directory"
+            assert self.pins is not None, "who has a slot has a table"
+            self._publisher.end_filling(self.pins, reservation.slot)
+            reservation.slot = -1
+
     def end_reservation(self, reservation: Reservation, *, sealed: bool) -> None:
         """``sealed``: the extent is the catalog's now; else it is free again."""
+        self.filled(reservation)
         if not sealed:
             self._parts.context.shm.free(reservation.extent)
             self._parts.context.room.freed()
@@ -226,9 +246,31 @@ class Holdings:
             _, stream = self._streams.popitem()
             await stream.aclose()
 
-    def give_back(self) -> None:
-        """Release every lease, free every reservation. Repeated calls do nothing."""
+    def give_back(self, *, pins: bool = True) -> None:
+        """Release every lease, free every reservation, void every pin. Repeated calls do nothing.
+
+        Without ``pins`` those stay, for the service that comes after this one: the client may live on.
+        """
         for number in list(self._blocks):
             self.release(number)
         for number in list(self._reservations):
             self.drop_reservation(number)
+        table, self.pins = self.pins, None
+        if table is not None and self._publisher is not None and pins:
+            self._publisher.close_client(table)
+
+
+def _grant(lease: int, slot: int, copy: Copy, tier: Tier, *, complete: bool) -> Grant:
+    return Grant(
+        lease,
+        slot,
+        copy.block_id,
+        copy.extent.offset,
+        copy.header_bytes,
+        copy.key_bytes,
+        copy.value_offset,
+        copy.value_bytes,
+        copy.meta,
+        tier,
+        complete,
+    )

@@ -22,6 +22,7 @@ from cascade_aio.daemon.framing import FrameCutter
 from cascade_aio.daemon.handshake import say_hello
 from cascade_aio.daemon.place import peer_of
 from cascade_aio.errors import ProtocolError, ServiceUnavailableError
+from cascade_aio.tiers.view import DirectoryView, map_arena
 
 POPULATE_BYTES_MAX = 4 << 20
 """A reservation up to this size is mapped with its pages present: 0.1 ms per MiB on the loop, and no page faults."""
@@ -48,11 +49,15 @@ class _Call:
 class Link(asyncio.Protocol):
     """Made by ``open_link``. ``on_lost`` is called once, when the connection has ended."""
 
-    def __init__(self, path: str, welcome: p.Welcome, arena: memoryview, writable_fd: int) -> None:
+    def __init__(
+        self, path: str, welcome: p.Welcome, arena: memoryview, writable_fd: int, view: DirectoryView | None
+    ) -> None:
         self.path = path
         self.welcome = welcome
         self.arena = arena
         """Read-only, all of it."""
+        self.view = view
+        """The shared directory and our pin table; ``None``: everything goes by message."""
         self.on_lost: Callable[[Link], None] = lambda link: None
         self.on_settled: Callable[[Link], None] = lambda link: None
         """Called when the connection is lost and nothing that was lent over it is in use any more."""
@@ -124,6 +129,11 @@ class Link(asyncio.Protocol):
         self.outstanding -= 1
         if not self.outstanding and self.lost is not None:
             self.on_settled(self)
+
+    def close_view(self) -> None:
+        """Let go of our pin table: the sign that this client lives, as far as this link is concerned."""
+        if self.view is not None:
+            self.view.close()
 
     def map_writable(self, offset: int, nbytes: int) -> memoryview:
         """Memory of a reservation; unmapped with its last view. Raises ``ConnectionLostError``, ``OSError``."""
@@ -249,10 +259,12 @@ async def open_link(path: str, client: str, owner: int | None) -> Link:
                     f"the service at {path} belongs to user {peer.uid}; if you trust that user, connect with "
                     f"owner={peer.uid}"
                 )
-            if len(descriptors) < 2:
-                raise ProtocolError(f"the service at {path} passed {len(descriptors)} descriptors instead of the arena")
-            arena = memoryview(mmap.mmap(descriptors[0], welcome.arena_bytes, prot=mmap.PROT_READ))
-            link = Link(path, welcome, arena, os.dup(descriptors[1]))
+            wanted = 4 if welcome.lookup_shared else 2
+            if len(descriptors) != wanted:
+                raise ProtocolError(f"the service at {path} passed {len(descriptors)} descriptors instead of {wanted}")
+            arena = map_arena(descriptors[0], welcome.arena_bytes)
+            view = DirectoryView(descriptors[2], descriptors[3]) if welcome.lookup_shared else None
+            link = Link(path, welcome, arena, os.dup(descriptors[1]), view)
         try:
             await loop.create_unix_connection(lambda: link, sock=connection)
         except BaseException:

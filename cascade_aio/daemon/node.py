@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cascade_aio.config import arena_name
 from cascade_aio.daemon.lag import Histogram
 from cascade_aio.daemon.settings import ServiceConfig
 from cascade_aio.errors import CascadeError
@@ -85,11 +84,6 @@ class Node:
     @property
     def verifies(self) -> bool:
         return self.config.verify_seals
-
-    @property
-    def arena_path(self) -> str:
-        config = self.store.parts.context.config
-        return os.path.join(config.shm_dir, arena_name(config))
 
     def note_error(self, text: str) -> None:
         self.errors.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}")

@@ -42,6 +42,8 @@ SECONDS_MAX = 86400.0
 Count = Annotated[int, Meta(ge=0, le=SIZE_MAX)]
 Number = Annotated[int, Meta(ge=1, le=SIZE_MAX)]
 """Of a request, a lease, a reservation or a stream; each counts from 1 within its connection."""
+Slot = Annotated[int, Meta(ge=-1, le=1 << 40)]
+"""Of the shared directory; -1: none."""
 Name = Annotated[bytes, Meta(min_length=16, max_length=32)]
 Names = Annotated[list[Name], Meta(max_length=NAMES_MAX)]
 Prefix = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -251,9 +253,14 @@ class Report(Message, tag=45):
 
 
 class Grant(Struct, array_like=True, forbid_unknown_fields=True):
-    """A lease: where the block lies in the arena. ``header_bytes`` before the payload belong to the service."""
+    """A lease: where the block lies in the arena. ``header_bytes`` before the payload belong to the service.
 
-    lease: Number
+    Either ``lease`` is its number, to be given back with Release; or ``lease`` is 0 and the block is pinned in
+    ``slot`` of this client's pin table, to be given back there.
+    """
+
+    lease: Count
+    slot: Slot
     block_id: Id
     offset: Count
     header_bytes: Count
@@ -271,10 +278,15 @@ class Leased(Message, tag=60):
 
 
 class Reserved(Message, tag=61):
-    """``bound``: the block that the prefix names already; then ``reservation`` is 0 unless room was given anyway."""
+    """``bound``: the block that the prefix names already; then ``reservation`` is 0 unless room was given anyway.
+
+    ``slot`` (or -1) is pinned for this client until the reservation ends: should the service die, its successor
+    leaves the extent alone until the client, who writes no more, has unpinned it.
+    """
 
     request: Number
     reservation: Count
+    slot: Slot
     offset: Count
     nbytes: Count
     header_bytes: Count

@@ -13,7 +13,7 @@ from cascade_aio.daemon.connector import Connector
 from cascade_aio.daemon.lending import ClientDesk, unwanted
 from cascade_aio.daemon.requests import TIER_CODES
 from cascade_aio.errors import ConfigError
-from cascade_aio.model import BlockId, PrefixKey
+from cascade_aio.model import BlockId, PrefixKey, Tier
 from cascade_aio.store.block import Block
 from cascade_aio.store.getting import PrefixLookup, raw_name, raw_prefix
 
@@ -37,7 +37,7 @@ class ClientLookup(PrefixLookup):
 
     __slots__ = ("_getter", "_keys")
 
-    def __init__(self, tiers: tuple[()], getter: ClientGetter, keys: Sequence[bytes]) -> None:
+    def __init__(self, tiers: tuple[Tier, ...], getter: ClientGetter, keys: Sequence[bytes]) -> None:
         super().__init__(tiers)
         object.__setattr__(self, "_getter", getter)
         object.__setattr__(self, "_keys", keys)
@@ -56,10 +56,19 @@ class ClientGetter:
         self._counters = counters
 
     def try_hot(self, name: BlockId | PrefixKey | str) -> Block | None:
-        """A lease without a message, or ``None`` where shared memory does not serve. Never suspends."""
+        """A lease without a message, or ``None`` where shared memory does not serve. Never suspends.
+
+        Works while the service is away, too. Raises ``TierFullError`` beyond the quota of this client.
+        """
         self._connector.check()
-        raw_name(name)
-        return None
+        raw = raw_name(name)
+        link = self._connector.sight
+        if link is None or link.view is None or not link.view.current:
+            return None
+        block = self._desk.pin(link, raw)
+        if block is not None:
+            self._counters.shared_gets += 1
+        return block
 
     async def load(self, name: BlockId | PrefixKey | str, *, early: bool = False) -> Block:
         """A lease by message. See ``Store.get`` for the errors."""
@@ -84,7 +93,11 @@ class ClientGetter:
         """What shared memory knows, without a message; await the result for the service's answer."""
         self._connector.check()
         self._counters.lookups += 1
-        return ClientLookup((), self, [raw_prefix(key) for key in keys])
+        names = [raw_prefix(key) for key in keys]
+        link = self._connector.sight
+        if link is None or link.view is None or not link.view.current:
+            return ClientLookup((), self, names)
+        return ClientLookup((Tier.SHM,) * link.view.lookup(names), self, names)
 
     async def ask_lookup(self, names: Sequence[bytes]) -> PrefixLookup:
         """How many leading keys the service has. In parts, where one message does not hold the names."""
@@ -100,8 +113,16 @@ class ClientGetter:
     def is_shared(self, name: BlockId | PrefixKey | str) -> bool:
         """Whether shared memory is known to hold the block."""
         self._connector.check()
-        raw_name(name)
-        return False
+        raw = raw_name(name)
+        link = self._connector.sight
+        return link is not None and link.view is not None and link.view.current and raw in link.view
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that the service knows, as shared memory says; 0 without it."""
+        self._connector.check()
+        link = self._connector.sight
+        return 0 if link is None or link.view is None else link.view.blocks
 
     async def contains(self, name: BlockId | PrefixKey | str) -> bool:
         raw = raw_name(name)

@@ -114,7 +114,7 @@ class Requests:
                 grants.append(self._holdings.grant(blocks.pop(0)))
         except BaseException:
             for grant in grants:
-                self._holdings.release(grant.lease)
+                self._holdings.revoke(grant)
             raise
         finally:
             for block in blocks:
@@ -158,7 +158,7 @@ class Requests:
             known = putter.bound(prefix)
             if known is not None and request.put:
                 leave()
-                return p.Reserved(request.request, 0, 0, 0, 0, 0, known)
+                return p.Reserved(request.request, 0, -1, 0, 0, 0, 0, known)
             self._parts.context.room.check_size(draft.record_bytes)
             await holdings.admit_reservation(draft.record_bytes)
             try:
@@ -171,12 +171,20 @@ class Requests:
             raise
         made = holdings.add_reservation(draft, extent, known, leave)
         return p.Reserved(
-            request.request, made.number, extent.offset, extent.nbytes, draft.header_bytes, draft.value_offset, known
+            request.request,
+            made.number,
+            made.slot,
+            extent.offset,
+            extent.nbytes,
+            draft.header_bytes,
+            draft.value_offset,
+            known,
         )
 
     async def _seal(self, request: p.Seal) -> p.Reply:
         reservation = self._holdings.take_reservation(request.reservation)
         draft, extent, putter, sealed = reservation.draft, reservation.extent, self._parts.putter, False
+        self._holdings.filled(reservation)
         try:
             known = putter.bound(draft.prefix) or reservation.known
             if known is None:

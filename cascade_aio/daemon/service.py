@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import socket
@@ -27,9 +29,11 @@ from cascade_aio.daemon.node import Node
 from cascade_aio.daemon.place import OwnedSocket, Peer, peer_of
 from cascade_aio.daemon.session import Session
 from cascade_aio.daemon.settings import ServiceConfig, default_socket, group_id
-from cascade_aio.errors import ProtocolError
+from cascade_aio.errors import ProtocolError, TierFullError
 from cascade_aio.store import open_store
 from cascade_aio.store.context import TaskScope
+from cascade_aio.store.publishing import Publisher
+from cascade_aio.tiers.directory import ClientPins
 
 logger = logging.getLogger("cascade_aio.service")
 
@@ -42,20 +46,22 @@ PIN_ARENA_PART = 2
 class Service:
     """See the module's text; made by ``serve``."""
 
-    def __init__(self, node: Node, place: OwnedSocket, descriptors: list[int]) -> None:
+    def __init__(self, node: Node, place: OwnedSocket, publisher: Publisher) -> None:
         self.node = node
         self._place = place
-        self._descriptors = descriptors
+        self._publisher = publisher
         self._loop = asyncio.get_running_loop()
         self._tasks = TaskScope(self._failed)
         self._sessions: dict[int, Session] = {}
         self._lingering: dict[int, _Lingering] = {}
         self._numbers = 0
         self._greeting = 0
+        self._closing = False
         self.failed = asyncio.Event()
         """Something nobody foresaw: the service should be ended."""
         node.on_statistics = self._statistics
         node.on_settled = self._settled
+        publisher.on_over_quota = self._over_quota
 
     @property
     def socket_path(self) -> str:
@@ -71,12 +77,13 @@ class Service:
 
     async def close(self) -> None:
         """No new clients; tell those there are; give back what they held."""
+        self._closing = True
         for session in list(self._sessions.values()):
             session.say_goodbye("the service is shutting down")
         await self._tasks.close()
         self.node.close()
         for lingering in list(self._lingering.values()):
-            lingering.end()
+            lingering.end(pins=False)
 
     def _failed(self, error: BaseException) -> None:
         logger.error("a task of the service failed", exc_info=error)
@@ -145,20 +152,46 @@ class Service:
             return None
         self._numbers += 1
         self.node.counters.connections += 1
-        context = self.node.store.parts.context
+        quota = self._quota()
+        holdings = Holdings(self.node.store.parts, quota, self._pin_table(quota.pinned_bytes))
+        try:
+            self._welcome(connection, version, holdings)
+        except BaseException:
+            holdings.give_back()
+            raise
+        return Session(self.node, holdings, self._numbers, peer, hello.client)
+
+    def _pin_table(self, quota_bytes: int) -> ClientPins | None:
+        """``None``: there are too many already; this client asks for everything by message."""
+        try:
+            return self._publisher.open_client(quota_bytes)
+        except (TierFullError, OSError) as error:
+            logger.warning("a client gets no pin table: %s", error)
+            return None
+
+    def _welcome(self, connection: socket.socket, version: int, holdings: Holdings) -> None:
+        """The answer to a hello, with the descriptors, of which we keep none."""
+        context, publisher = self.node.store.parts.context, self._publisher
         welcome = p.Welcome(
             version,
             self._numbers,
             self.node.generation,
             context.config.root,
             context.config.digest,
-            context.shm.capacity_bytes,
+            publisher.arena_bytes,
             self.node.verifies,
-            config.requests_per_client_max,
-            lookup_shared=False,
+            self.node.config.requests_per_client_max,
+            lookup_shared=holdings.pins is not None,
         )
-        send_welcome(connection, welcome, self._descriptors)
-        return Session(self.node, Holdings(self.node.store.parts, self._quota()), self._numbers, peer, hello.client)
+        with contextlib.ExitStack() as closers:
+            openers = [functools.partial(publisher.arena_fd, writable=writable) for writable in (False, True)]
+            if holdings.pins is not None:
+                openers += [functools.partial(publisher.directory_fd), functools.partial(holdings.pins.take_fd)]
+            descriptors: list[int] = []
+            for opened in openers:
+                descriptors.append(opened())
+                closers.callback(os.close, descriptors[-1])
+            send_welcome(connection, welcome, descriptors)
 
     def _refuse(self, connection: socket.socket, peer: Peer, kind: str, why: str) -> None:
         self.node.counters.refused += 1
@@ -180,12 +213,21 @@ class Service:
 
     def _part(self, session: Session) -> None:
         holdings = session.holdings
-        if not holdings:
+        if self._closing or not holdings:
+            holdings.give_back(pins=not self._closing)
             return
         logger.info("%s left, holding %d leases", session, holdings.leases)
         lingering = _Lingering(session, self._lingering, self.node.config.linger_seconds_max)
         self._lingering[session.number] = lingering
         lingering.watch()
+
+    def _over_quota(self, pins: ClientPins) -> None:
+        """A client has more pinned than it may, past what its library allows: it is cut off and its pins are void."""
+        for session in [*self._sessions.values(), *(entry.session for entry in self._lingering.values())]:
+            if session.holdings.pins is pins:
+                pins.revoke()
+                session.refuse(ProtocolError(f"it has pinned more than its quota of {pins.quota_bytes} bytes"))
+                session.holdings.give_back()
 
     def _settled(self, session: Session, number: int) -> None:
         """The process of ``session`` has done with its earlier session ``number``."""
@@ -233,7 +275,7 @@ class _Lingering:
         logger.warning("%s lives on; what it held is used again after %g s", self.session, self._seconds_max)
         self.end()
 
-    def end(self) -> None:
+    def end(self, *, pins: bool = True) -> None:
         if self._pidfd >= 0:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -241,7 +283,7 @@ class _Lingering:
         if self._timer is not None:
             self._timer.cancel()
         self._registry.pop(self.session.number, None)
-        self.session.holdings.give_back()
+        self.session.holdings.give_back(pins=pins)
 
 
 @contextlib.asynccontextmanager
@@ -252,25 +294,19 @@ async def serve(config: StoreConfig, service: ServiceConfig | None = None) -> As
     the store; it raises what that raises.
     """
     service = ServiceConfig() if service is None else service
+    config = dataclasses.replace(config, warm_restart=True)
     group = None if service.group is None else group_id(service.group)
     place = OwnedSocket(service.socket or default_socket(config), group=group)
     try:
         async with open_store(config) as store:
-            node = Node(store, service)
-            with contextlib.ExitStack() as closers:
-                descriptors = [_opened(closers, node.arena_path, flags) for flags in (os.O_RDONLY, os.O_RDWR)]
-                running = Service(node, place, descriptors)
-                running.start()
-                try:
-                    yield running
-                finally:
-                    place.stop_listening()
-                    await running.close()
+            publisher = store.parts.context.publisher
+            assert publisher is not None, "a store that keeps its arena publishes"
+            running = Service(Node(store, service), place, publisher)
+            running.start()
+            try:
+                yield running
+            finally:
+                place.stop_listening()
+                await running.close()
     finally:
         place.close()
-
-
-def _opened(closers: contextlib.ExitStack, path: str, flags: int) -> int:
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
-    closers.callback(os.close, fd)
-    return fd

@@ -63,7 +63,8 @@ class ServiceConfig:
 
 def default_socket(config: StoreConfig) -> str:
     """Beside the arena: on this node even if the root is shared, there in batch jobs too, and as short-lived."""
-    return os.path.join(config.shm_dir, arena_name(config) + SOCKET_SUFFIX)
+    kept = dataclasses.replace(config, warm_restart=True)
+    return os.path.join(config.shm_dir, arena_name(kept) + SOCKET_SUFFIX)
 
 
 def socket_of_root(root: str | os.PathLike[str]) -> str:

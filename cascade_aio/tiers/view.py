@@ -68,6 +68,8 @@ class DirectoryView:
         """Which opening of the service this view was made in."""
         self.pins = 0
         self.pinned_bytes = 0
+        """Each pinned extent counted once, however many pins it has."""
+        self._slot_pins: dict[int, int] = {}
         self._fd = os.dup(pin_fd)
 
     @property
@@ -104,20 +106,26 @@ class DirectoryView:
         if entry is None:
             return None
         pinned = pinned_of(entry)
-        if self.pinned_bytes + pinned.nbytes > self.quota_bytes:
+        if not self.fits(pinned.slot, pinned.nbytes):
             self._table.drop(pinned.slot)
             raise LeaseError(
                 f"this client has {format_size(self.pinned_bytes)} pinned and a quota of "
                 f"{format_size(self.quota_bytes)}; release blocks sooner"
             )
-        self.pins += 1
-        self.pinned_bytes += pinned.nbytes
+        self.account(pinned.slot, pinned.nbytes)
         return pinned
 
-    def account(self, nbytes: int) -> None:
+    def fits(self, slot: int, nbytes: int) -> bool:
+        """Whether a pin on ``slot``, whose extent has ``nbytes``, is within the quota. One block always is."""
+        return slot in self._slot_pins or not self.pins or self.pinned_bytes + nbytes <= self.quota_bytes
+
+    def account(self, slot: int, nbytes: int) -> None:
         """The service has pinned a block (of ``nbytes``, the extent's) for this client; ``unpin`` ends it."""
+        count = self._slot_pins.get(slot, 0)
+        self._slot_pins[slot] = count + 1
         self.pins += 1
-        self.pinned_bytes += nbytes
+        if not count:
+            self.pinned_bytes += nbytes
 
     def unpin(self, slot: int, nbytes: int) -> None:
         """Give one pin back. Raises ``LeaseError`` if there is none on this slot."""
@@ -125,8 +133,12 @@ class DirectoryView:
             self._table.drop(slot)
         except ValueError:
             raise LeaseError(f"slot {slot} of the directory is not pinned; release every block exactly once") from None
+        count = self._slot_pins.pop(slot, 1) - 1
         self.pins -= 1
-        self.pinned_bytes -= nbytes
+        if count:
+            self._slot_pins[slot] = count
+        else:
+            self.pinned_bytes -= nbytes
 
     def close(self) -> None:
         """Let go of the table. Raises ``LeaseError`` while blocks are pinned; repeated calls do nothing."""

@@ -11,6 +11,7 @@ from typing import Any
 import cascade_aio as ca
 from cascade_aio.config import make_config
 from cascade_aio.daemon import Service, ServiceConfig, ServiceStore, connect, serve
+from cascade_aio.tiers.arena import remove_arena
 
 
 @contextlib.asynccontextmanager
@@ -18,8 +19,17 @@ async def running(root: Path, *, service: dict[str, Any] | None = None, **settin
     """A service on ``root`` with a small arena."""
     defaults = {"shm_bytes": "16MiB", "segment_bytes": "8MiB", "arena": f"cascade-test-{uuid.uuid4().hex[:12]}"}
     config = make_config(root, **{**defaults, **settings})
-    async with serve(config, ServiceConfig(**(service or {}))) as made:
-        yield made
+    try:
+        async with serve(config, ServiceConfig(**(service or {}))) as made:
+            yield made
+    finally:
+        if "arena" not in settings:
+            forget_arena(str(config.arena))
+
+
+def forget_arena(name: str) -> None:
+    """A service keeps its arena for the next one; there is none."""
+    remove_arena(f"/dev/shm/{name}")
 
 
 @contextlib.asynccontextmanager

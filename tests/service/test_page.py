@@ -1,0 +1,176 @@
+"""The status page and the metrics: what they show, and that they only show."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cascade_aio.daemon import ServiceConfig, connect
+from cascade_aio.daemon.samples import Forest, Sampler
+from cascade_aio.errors import ConfigError
+from cascade_aio.testing.store import block_bytes, eventually
+from tests.service.conftest import KEYS, running
+
+pytest.importorskip("starlette", reason="the extra 'service' is not installed: pip install 'cascade_aio[service]'")
+pytest.importorskip("uvicorn", reason="the extra 'service' is not installed: pip install 'cascade_aio[service]'")
+parser = pytest.importorskip(
+    "prometheus_client.parser", reason="the extra 'service' is not installed: pip install 'cascade_aio[service]'"
+)
+
+from cascade_aio.daemon.page import page  # noqa: E402
+
+BROWSER_SECONDS_MAX = 60
+
+
+def fetch(url: str) -> tuple[int, str, str]:
+    """(status, content type, body)."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return response.status, response.headers["Content-Type"], response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, "", ""
+
+
+def metrics(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+async def test_metrics_tell_what_happened(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path / "kv") as service,
+        page(service.node, "127.0.0.1:0") as url,
+        connect(service.socket_path) as store,
+    ):
+        name = await store.put(*block_bytes(1), prefix=KEYS[0])
+        await store.put(*block_bytes(1), prefix=KEYS[1])
+        async with store.get(name):
+            pass
+        assert not await store.contains(KEYS[5])
+
+        async def told() -> bool:
+            _, kind, text = await asyncio.to_thread(fetch, url + "metrics")
+            assert kind.startswith("text/plain")
+            found = metrics(text)
+            assert ("cascade_misses_total", ()) in found
+            assert found[("cascade_tier_capacity_bytes", (("tier", "shm"),))] == 16 << 20
+            return (
+                found[("cascade_puts_total", ())] == 2
+                and found[("cascade_dedup_bytes_total", ())] == 70_000 + 65_536
+                and found[("cascade_clients", ())] == 1
+                and found[("cascade_request_seconds_count", (("request", "Seal"),))] == 2
+            )
+
+        await eventually(told)
+
+
+async def test_the_page_is_complete_and_read_only(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, page(service.node, "127.0.0.1:0") as url:
+        assert url.startswith("http://127.0.0.1:")
+        status, kind, html = await asyncio.to_thread(fetch, url)
+        assert (status, kind) == (200, "text/html; charset=utf-8")
+        _, _, script = await asyncio.to_thread(fetch, url + "status.js")
+        for text in (html, script.replace("http://www.w3.org/2000/svg", "")):
+            assert "http" not in text, "an asset from elsewhere"
+        assert "innerHTML" not in script
+        _, _, raw = await asyncio.to_thread(fetch, url + "status.json")
+        snapshot = json.loads(raw)
+        assert [tier["tier"] for tier in snapshot["tiers"]] == ["shm", "disk"]
+        assert snapshot["prefixes"]["roots"] == []
+        assert (await asyncio.to_thread(fetch, url + "nothing"))[0] == 404
+        for method in ("POST", "PUT", "DELETE"):
+            request = urllib.request.Request(url, data=b"x", method=method)
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                await asyncio.to_thread(urllib.request.urlopen, request, timeout=10)
+            with refusal.value:
+                assert refusal.value.code == 405
+
+
+async def test_events_follow_the_store(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, page(service.node, "127.0.0.1:0") as url:
+
+        def read_two() -> list[dict[str, Any]]:
+            snapshots = []
+            with urllib.request.urlopen(url + "events", timeout=10) as response:
+                for line in response:
+                    if line.startswith(b"data: "):
+                        snapshots.append(json.loads(line[6:]))
+                    if len(snapshots) == 2:
+                        break
+            return snapshots
+
+        first, second = await asyncio.to_thread(read_two)
+        assert second["time"] > first["time"]
+        assert len(second["history"]) > len(first["history"])
+
+
+async def test_prefixes_are_a_tree_of_ids(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        ids = [await store.put(*block_bytes(i), prefix=KEYS[i], parent=KEYS[i - 1] if i else None) for i in range(3)]
+        await store.put(*block_bytes(9))
+        sampler = Sampler(service.node)
+        task = asyncio.ensure_future(sampler.run())
+        await eventually(lambda: sampler.latest["prefixes"]["roots"])
+        task.cancel()
+        chain, single = sampler.latest["prefixes"]["roots"]
+        assert (chain["block"], chain["blocks"], chain["run"]) == (str(ids[0]), 3, 3)
+        assert chain["bytes"] == 3 * (70_000 + 65_536)
+        assert single["blocks"] == 1
+        text = json.dumps(sampler.latest, default=str)
+        assert all(str(key) not in text for key in KEYS), "prefix keys are nobody's business"
+
+
+def test_sums_over_subtrees() -> None:
+    parents = {0: -1, 1: 0, 2: 0, 3: 1, 4: 99, 5: 6, 6: 5}  # 4: its parent is gone; 5 and 6: a cycle
+    forest = Forest(parents, dict.fromkeys(parents, 10))
+    assert forest.largest(-1, 5) == [0, 4]
+    assert (forest.blocks[0], forest.bytes[1]) == (4, 20)
+    tree = forest.tree(0, 4)
+    assert [child["row"] for child in tree["children"]] == [1, 2]
+
+
+@pytest.mark.parametrize("address", ["nowhere", "127.0.0.1:99999", ":http"])
+def test_an_address_that_is_none_is_named(address: str) -> None:
+    with pytest.raises(ConfigError, match="http="):
+        ServiceConfig(http=address)
+
+
+async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, page(service.node, "127.0.0.1:0") as url:
+        with pytest.raises(ConfigError, match="another address"):
+            async with page(service.node, url.removeprefix("http://").rstrip("/")):
+                pass
+
+
+@pytest.mark.parametrize("blocks", [0, 40])
+async def test_a_browser_draws_it(tmp_path: Path, blocks: int) -> None:
+    """An empty and a full store in headless Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    async with running(tmp_path / "kv") as service, page(service.node, "127.0.0.1:0") as url:
+        async with connect(service.socket_path) as store:
+            for i in range(blocks):
+                await store.put(*block_bytes(i, 300_000, 300_000), prefix=KEYS[0] if i == 0 else None)
+        process = await asyncio.create_subprocess_exec(
+            chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}",
+            "--virtual-time-budget=6000", "--dump-dom", url, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        async with asyncio.timeout(BROWSER_SECONDS_MAX):
+            dom, _ = await process.communicate()
+    text = dom.decode()
+    assert f"{blocks} blocks" in text
+    assert "live" in text
+    assert "no blocks yet" in text if blocks == 0 else "no blocks yet" not in text
