@@ -9,6 +9,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -206,6 +208,119 @@ static void check_ingest(void)
     printf("ok ingest\n");
 }
 
+/* ---- directory: one owner evicts and reuses, clients pin and compare every byte ---- */
+
+enum { SLOTS = 16, BUCKETS = 8, CLIENTS = 3, BLOCKS = 64, EXTENT = 512, ROUNDS = 30000 };
+
+static struct {
+    _Alignas(64) uint8_t cells[BUCKETS * 64];
+    _Alignas(64) uint8_t slots[SLOTS * 256];
+    uint32_t counts[CLIENTS][SLOTS];
+    _Alignas(8) uint8_t touched[CLIENTS][SLOTS];
+    uint64_t touches[CLIENTS];
+    uint64_t arena[SLOTS][EXTENT / 8];
+    _Atomic int stop;
+    _Atomic uint32_t pinned, missed;
+} shared;
+
+static const struct cascade_directory directory = {shared.cells, shared.slots, SLOTS, BUCKETS};
+
+static void name_block(uint32_t block, uint8_t *name)
+{
+    uint64_t words[2] = {block * 0x9E3779B97F4A7C15u, block * 0xC2B2AE3D27D4EB4Fu + 1};
+    memcpy(name, words, sizeof words);
+}
+
+static void *client(void *argument)
+{
+    uint32_t number = (uint32_t)(uintptr_t)argument, state = number + 1;
+    struct cascade_pins pins = {&shared.touches[number], shared.counts[number], shared.touched[number], SLOTS, 0};
+    struct cascade_entry entry;
+    uint8_t name[16];
+    while (!atomic_load(&shared.stop)) {
+        state = state * 1664525u + 1013904223u;
+        uint32_t block = (state >> 16) % BLOCKS;
+        name_block(block, name);
+        int rc = cascade_directory_pin(&directory, &pins, name, &entry);
+        if (rc == -ENOENT) {
+            atomic_fetch_add(&shared.missed, 1);
+            continue;
+        }
+        CHECK(rc == 0 && memcmp(entry.digest, name, 16) == 0 && entry.offset == (uint64_t)entry.slot * EXTENT);
+        for (int look = 0; look < 3; look++)
+            for (uint32_t i = 0; i < EXTENT / 8; i++)
+                CHECK(__atomic_load_n(&shared.arena[entry.slot][i], __ATOMIC_RELAXED) == block);
+        CHECK(cascade_pins_drop(&pins, entry.slot) == 0);
+        atomic_fetch_add(&shared.pinned, 1);
+    }
+    return NULL;
+}
+
+static void check_directory(void)
+{
+    pthread_t threads[CLIENTS];
+    uint32_t *tables[CLIENTS], block_of[SLOTS], slot_of[BLOCKS], state = 99, vetoes = 0, reused = 0, next;
+    for (uint32_t c = 0; c < CLIENTS; c++)
+        tables[c] = shared.counts[c];
+    memset(slot_of, 0xff, sizeof slot_of);
+    memset(block_of, 0xff, sizeof block_of);
+    for (uint32_t c = 0; c < CLIENTS; c++)
+        CHECK(pthread_create(&threads[c], NULL, client, (void *)(uintptr_t)c) == 0);
+    for (uint32_t round = 0; round < ROUNDS || (shared.pinned < 100 && round < 1000 * ROUNDS); round++) {
+        state = state * 1664525u + 1013904223u;
+        uint32_t slot = (state >> 16) % SLOTS, block = (state >> 8) % BLOCKS;
+        if (block_of[slot] != UINT32_MAX) {
+            int withdrawn = round % 4 == 0 ? cascade_directory_retire(&directory, slot, tables, CLIENTS)
+                                           : cascade_directory_withdraw(&directory, slot, tables, CLIENTS);
+            if (round % 4 == 0)
+                while (!withdrawn)
+                    withdrawn = cascade_directory_retire(&directory, slot, tables, CLIENTS);
+            if (!withdrawn) {
+                vetoes++;
+                continue;
+            }
+            slot_of[block_of[slot]] = UINT32_MAX;
+            block_of[slot] = UINT32_MAX;
+        }
+        if (slot_of[block] != UINT32_MAX)
+            continue;
+        for (uint32_t i = 0; i < EXTENT / 8; i++)
+            __atomic_store_n(&shared.arena[slot][i], block, __ATOMIC_RELAXED);
+        struct cascade_entry entry = {.slot = slot, .offset = (uint64_t)slot * EXTENT, .key_bytes = EXTENT};
+        name_block(block, entry.digest);
+        int rc = cascade_directory_publish(&directory, &entry, CASCADE_SLOT_SEALED);
+        CHECK(rc == 0 || rc == -ENOSPC);
+        if (rc == 0) {
+            block_of[slot] = block;
+            slot_of[block] = slot;
+            reused++;
+        }
+    }
+    atomic_store(&shared.stop, 1);
+    for (uint32_t c = 0; c < CLIENTS; c++)
+        CHECK(pthread_join(threads[c], NULL) == 0);
+    CHECK(reused > 1000 && shared.pinned > 0);
+
+    struct cascade_pins pins = {&shared.touches[0], shared.counts[0], shared.touched[0], SLOTS, 0};
+    uint32_t found[SLOTS];
+    CHECK(cascade_pins_held(&pins, 0, found, SLOTS, &next) == 0 && next == SLOTS); /* all were given back */
+    CHECK(cascade_pins_drop(&pins, 3) == -EINVAL && shared.counts[0][3] == 0);
+    CHECK(cascade_pins_add(&pins, SLOTS) == -EINVAL && cascade_pins_drop(&pins, SLOTS) == -EINVAL);
+    CHECK(cascade_pins_add(&pins, 3) == 0 && cascade_pins_held(&pins, 0, found, SLOTS, &next) == 1 && found[0] == 3);
+    CHECK(cascade_pins_drop(&pins, 3) == 0);
+    cascade_pins_harvest(&pins, 0, found, SLOTS, &next);
+    CHECK(cascade_pins_harvest(&pins, 0, found, SLOTS, &next) == 0);
+    struct cascade_entry entry;
+    CHECK(cascade_directory_inspect(&directory, SLOTS, &entry) == -EINVAL);
+    for (uint32_t slot = 0; slot < SLOTS; slot++)
+        if (block_of[slot] != UINT32_MAX) {
+            CHECK(cascade_directory_inspect(&directory, slot, &entry) == CASCADE_SLOT_SEALED);
+            shared.slots[slot * 256 + 8] ^= 1; /* one bit of an offset */
+            CHECK(cascade_directory_inspect(&directory, slot, &entry) == -EBADMSG);
+        }
+    printf("ok directory: %u blocks, %u pins, %u misses, %u evictions refused\n", reused, shared.pinned, shared.missed, vetoes);
+}
+
 /* Submit one operation, wait for its completion, return its result. */
 static int32_t complete(cascade_ring *ring, struct cascade_op op)
 {
@@ -375,6 +490,7 @@ int main(void)
     check_bytes();
     check_memory();
     check_ingest();
+    check_directory();
     check_ring();
     free(source);
     free(target);
