@@ -46,8 +46,10 @@ PUTS_AT_ONCE = 8
 ROUND_BYTES = 384 * MIB
 """What a loop reads: 0.15 s and more, so that all cells together stay within four minutes."""
 BLOCKS_MIN = 8
-ALONE_BLOCKS_MAX = 64
-"""Computations that are timed on the idle accelerator on each side of a loop."""
+ALONE_S = 0.1
+"""How long computations are timed on the idle accelerator on each side of a loop …"""
+ALONE_BLOCKS_MIN = 4
+"""… and how many of them at least."""
 CHECKED = (
     "cold: new store per repetition with an empty, populated arena, every block from disk for the first time; "
     "every byte compared after the clock stopped, in every repetition"
@@ -157,7 +159,6 @@ class _Samples:
 
 async def _repeat(session: Session, root: _Root, ratio: float, samples: _Samples) -> None:
     count, total_bytes = root.pool.count, root.pool.total_bytes
-    alone = min(count, ALONE_BLOCKS_MAX)
 
     def raw_s() -> float:
         return total_bytes / (session.disk.read_gb_per_s(total_bytes) * 1e9) / count
@@ -165,6 +166,7 @@ async def _repeat(session: Session, root: _Root, ratio: float, samples: _Samples
     # Raw read and accelerator on both sides of our loop: device and machine drift within a second.
     first_read_s = raw_s()
     asked_s = ratio * first_read_s
+    alone = max(ALONE_BLOCKS_MIN, min(count, int(ALONE_S / asked_s)))
     first_compute_s = await _alone_s(asked_s, alone)
     ahead_s, ahead_stall_s = await root.loop_s(asked_s, ahead=True)
     read_s = (first_read_s + raw_s()) / 2
