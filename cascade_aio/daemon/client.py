@@ -25,7 +25,7 @@ from cascade_aio.daemon.connector import Connector
 from cascade_aio.daemon.faults import to_error
 from cascade_aio.daemon.filling import ClientPutter, ClientReserveRequest
 from cascade_aio.daemon.lending import ClientDesk
-from cascade_aio.daemon.reading import ClientCounters, ClientGetter
+from cascade_aio.daemon.reading import ClientCounters, ClientGetter, report_for_ever
 from cascade_aio.daemon.settings import check_socket_path
 from cascade_aio.errors import ConfigError, CorruptionError, ServiceUnavailableError
 from cascade_aio.io.workers import ByteWorkers
@@ -121,6 +121,7 @@ class ServiceStore:
         self._counters = ClientCounters()
         self._getter = ClientGetter(connector, self._desk, self._counters)
         self._putter = ClientPutter(connector, engine, self._counters)
+        connector.spawn(report_for_ever(connector, self._counters), "cascade-client-report")
 
     # -- reads ----------------------------------------------------------------------------------
 

@@ -52,7 +52,6 @@ class ServiceCounters:
     """Announced prompts whose time was over before their promotion could begin."""
     shared_lookups: int = 0
     shared_hits: int = 0
-    shared_misses: int = 0
 
 
 class Node:

@@ -246,7 +246,6 @@ class Report(Message, tag=45):
 
     lookups: Count
     hits: Count
-    misses: Count
 
 
 # -- answers ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ from cascade_aio.errors import ConfigError
 from cascade_aio.model import BlockId, PrefixKey, Tier
 from cascade_aio.store.block import Block
 from cascade_aio.store.getting import PrefixLookup, raw_name, raw_prefix
+
+REPORT_SECONDS = 1.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -128,3 +131,15 @@ class ClientGetter:
         raw = raw_name(name)
         _, reply = await self._connector.ask(lambda: p.Contains(0, raw), p.Answer, repeat=True)
         return bool(reply.value)
+
+
+async def report_for_ever(connector: Connector, counters: ClientCounters) -> None:
+    """Tell the service now and then what it cannot see: calls that shared memory answered."""
+    told = (0, 0)
+    while True:
+        await asyncio.sleep(REPORT_SECONDS)
+        now = (counters.lookups, counters.shared_gets)
+        link = connector.link
+        if now != told and link is not None:
+            link.note(p.Report(now[0] - told[0], now[1] - told[1]))
+            told = now

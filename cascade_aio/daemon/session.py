@@ -202,7 +202,6 @@ class Session(asyncio.Protocol):
         else:
             self._node.counters.shared_lookups += note.lookups
             self._node.counters.shared_hits += note.hits
-            self._node.counters.shared_misses += note.misses
 
     async def _perform(self, message: p.Request, work: Coroutine[Any, Any, p.Reply], began_s: float) -> None:
         try:

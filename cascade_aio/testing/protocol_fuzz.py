@@ -93,7 +93,7 @@ class MessageMaker:
             lambda: [27, number, self._prefixes(), rng.random() / 10],
             lambda: [42, max(1, number - small)],
             lambda: [44, small + 1],
-            lambda: [45, small, small, small],
+            lambda: [45, small, small],
         ]
         return rng.choice(makers)()
 
