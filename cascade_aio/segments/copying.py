@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Priority, Storage
 from cascade_aio.core.ranges import ReadRequest, coalesce
 from cascade_aio.errors import CorruptionError
+from cascade_aio.model import BLOCK_ID_BYTES
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.active import create_file, seal_file
 from cascade_aio.segments.buffers import page_buffer
@@ -57,8 +58,12 @@ class Item:
 
 
 def capacity_for(items: Sequence[Item], bindings: int, tombstones: int) -> int:
-    """Bytes of a segment that holds copies of ``items`` and notes with so many entries."""
-    full, rest = divmod(bindings + tombstones, fmt.NOTE_ENTRIES_MAX)
+    """Bytes of a segment that holds copies of ``items`` and notes with so many entries, at most.
+
+    How many names of a block fit the header of its record is known only when it is read: all may need a note.
+    """
+    entries = bindings + tombstones + sum(len(item.bindings) for item in items)
+    full, rest = divmod(entries, fmt.NOTE_ENTRIES_MAX)
     notes = full * fmt.HEADER_PAGES_MAX + (fmt.note_pages_for(rest, 0) if rest else 0)
     names = bindings + sum(len(item.bindings) for item in items)
     footer = footer_bytes(len(items) + full + 1, names, tombstones)
@@ -75,6 +80,7 @@ class SegmentCopy:
         self._engine = engine
         self._table = table
         self._tables = FooterTables()
+        self._crowded_out: list[fmt.NoteBinding] = []
         self._end = PAGE_BYTES
         self._file: File | None = None
         self._buffer = memoryview(b"")
@@ -199,14 +205,20 @@ class SegmentCopy:
         self._take(item, header)
 
     def _address(self, item: Item, header: fmt.RecordHeader, view: memoryview, offset: int) -> None:
-        """Give the record its new place and names; its stamp and bytes stay."""
+        """Give the record its new place and as many of its names as fit; its stamp and bytes stay."""
+        room = fmt.bindings_room(header.header_pages, len(header.chunk_crcs), len(header.meta))
         header.offset = offset
         header.synced_bytes = PAGE_BYTES
-        header.bindings = item.bindings
+        header.bindings = item.bindings[:room]
         fmt.encode_record(view[: header.header_pages * PAGE_BYTES], header, self.entry.identity)
 
     def _take(self, item: Item, header: fmt.RecordHeader) -> None:
         self._tables.add(header)
+        block_id = item.digest[:BLOCK_ID_BYTES]
+        self._crowded_out += [
+            fmt.NoteBinding(block_id, name.key, name.parent, name.stamp)
+            for name in item.bindings[len(header.bindings) :]
+        ]
         item.outcome = Location(self.entry.number, header.offset // PAGE_BYTES, header.header_pages)
         self._end = header.end
 
@@ -221,7 +233,7 @@ class SegmentCopy:
     async def note(
         self, bindings: Sequence[fmt.NoteBinding], tombstones: Sequence[fmt.Tombstone], stamp: Callable[[], int]
     ) -> None:
-        """Append names and deletions. Raises ``OSError``."""
+        """Append names and deletions, and the names that no header had room for. Raises ``OSError``."""
         try:
             await self._note(bindings, tombstones, stamp)
         except _TargetError as error:
@@ -231,7 +243,7 @@ class SegmentCopy:
         self, bindings: Sequence[fmt.NoteBinding], tombstones: Sequence[fmt.Tombstone], stamp: Callable[[], int]
     ) -> None:
         step = fmt.NOTE_ENTRIES_MAX
-        entries: list[fmt.NoteBinding | fmt.Tombstone] = [*bindings, *tombstones]
+        entries: list[fmt.NoteBinding | fmt.Tombstone] = [*self._crowded_out, *bindings, *tombstones]
         for start in range(0, len(entries), step):
             some = entries[start : start + step]
             names = tuple(entry for entry in some if isinstance(entry, fmt.NoteBinding))

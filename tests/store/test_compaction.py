@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import random
 from collections.abc import Callable, Coroutine
@@ -364,6 +365,38 @@ def test_the_budget_is_never_exceeded_however_fast_the_puts() -> None:
         await store.flush()
         assert 8 * MIB < most <= 12 * MIB
         check_invariants(store)
+        await store.aclose()
+
+    run(story)
+
+
+def test_more_names_than_a_header_holds_move_with_their_block() -> None:
+    names = [ca.PrefixKey(number.to_bytes(32, "big")) for number in range(1, 300)]
+
+    async def story() -> None:
+        world = World()
+        store = await world.open(compaction_bandwidth=0)
+        shared = await put(store, "shared", prefix=names[0])
+        gone = [await put(store, f"gone {i}") for i in range(40)]
+        for before, name in itertools.pairwise(names):
+            await put(store, "shared", prefix=name, parent=before)
+        await store.flush()
+        for block_id in gone:
+            await store.delete(block_id)
+        await store.flush()
+        report = await store.compact()
+        assert report.copied_blocks == 1
+        check_invariants(store)
+        await store.aclose()
+        store = await world.open()
+        assert len(store.lookup(names)) == len(names)
+        await check(store, {shared: "shared"})
+        assert next(iter(store.blocks())).prefixes == len(names)
+        await store.delete(names[7])
+        await store.flush()
+        await store.aclose()
+        store = await world.open()
+        assert len(store) == len(store.lookup(names)) == 0
         await store.aclose()
 
     run(story)
