@@ -16,6 +16,7 @@ from cascade_aio.daemon import protocol as p
 from cascade_aio.daemon.link import ConnectionLostError, Link, open_link
 from cascade_aio.errors import CascadeError, ClosedError, ProtocolError, ServiceUnavailableError
 from cascade_aio.store.context import TaskScope
+from cascade_aio.telemetry import span
 
 logger = logging.getLogger("cascade_aio.client")
 
@@ -100,8 +101,10 @@ class Connector:
         """The answer to a request and the link it came over; ``repeat``: it is safe to ask more than once."""
         for attempt in range(1, ATTEMPTS_MAX + 1):
             link = await self.linked()
+            message = make()
             try:
-                reply = await link.call(make(), undo=undo, on_progress=on_progress)
+                with span(f"client.{type(message).__name__}"):
+                    reply = await link.call(message, undo=undo, on_progress=on_progress)
             except ConnectionLostError:
                 if not repeat or attempt == ATTEMPTS_MAX:
                     raise

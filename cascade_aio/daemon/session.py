@@ -21,6 +21,7 @@ from cascade_aio.daemon.node import Node
 from cascade_aio.daemon.place import Peer
 from cascade_aio.daemon.requests import Requests
 from cascade_aio.errors import ProtocolError
+from cascade_aio.telemetry import span
 
 logger = logging.getLogger("cascade_aio.service")
 
@@ -204,15 +205,17 @@ class Session(asyncio.Protocol):
             self._node.counters.shared_hits += note.hits
 
     async def _perform(self, message: p.Request, work: Coroutine[Any, Any, p.Reply], began_s: float) -> None:
+        kind = type(message).__name__
         try:
-            reply = await work
+            with span(f"service.{kind}", **{"cascade.client": self.number}):
+                reply = await work
         except ProtocolError as error:
             self.refuse(error)
         except (asyncio.CancelledError, Exception) as error:
             self._fail(message.request, error)
         else:
             self.send(reply)
-            self._node.observe(type(message).__name__, self._loop.time() - began_s)
+            self._node.observe(kind, self._loop.time() - began_s)
 
     def _fail(self, request: int, error: BaseException) -> None:
         self._node.counters.failed_requests += 1

@@ -1,0 +1,29 @@
+"""Spans for OpenTelemetry, through its API package alone: what becomes of them is the application's choice.
+
+Without the package (extra ``service``) or without a provider a span is nothing. Names begin with
+``cascade.``. Only what waits is a span; hot gets and look-ups cost microseconds and are counted instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+try:
+    trace: Any = importlib.import_module("opentelemetry.trace")
+except ImportError:  # an extra
+    trace = None
+
+_NOTHING = contextlib.nullcontext()
+
+
+def span(name: str, **attributes: str | int | float | bool) -> contextlib.AbstractContextManager[Any]:
+    """A scope that is a span of the current trace; an exception that leaves it is recorded there."""
+    if trace is None:
+        return _NOTHING
+    tracer = trace.get_tracer("cascade_aio")
+    scope: contextlib.AbstractContextManager[Any] = tracer.start_as_current_span(
+        f"cascade.{name}", attributes=attributes
+    )
+    return scope
