@@ -22,6 +22,7 @@ from cascade_aio.errors import (
     ServiceUnavailableError,
     ThrottledError,
     TierFullError,
+    TierStalledError,
 )
 from cascade_aio.model import (
     BlockId,
@@ -78,6 +79,7 @@ __all__ = [
     "ThrottledError",
     "Tier",
     "TierFullError",
+    "TierStalledError",
     "VerifyReport",
     "__version__",
     "compute_block_id",

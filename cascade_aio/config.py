@@ -117,8 +117,10 @@ class StoreConfig:
     """How long a put or get waits for arena room before ``TierFullError``."""
     adopt_seconds: float | None = 60.0
     """How often writers of the root that died are looked for and their segments adopted; ``None``: only on request."""
-    read_seconds_max: float | None = None
+    read_seconds_max: float | None = 30.0
     """Deadline of a disk read; a late block is a miss. ``None``: no deadline."""
+    stall_seconds_max: float = 30.0
+    """A write or sync that takes longer: the storage hangs. ``flush`` fails then, and closing gives up."""
     workers: int | None = None
     """Threads that copy, digest and checksum; ``None``: the CPUs this process may use."""
     stripe_count: int = 16
@@ -166,6 +168,7 @@ _RANGES = {
     "tail_seconds_max": _Range(0.001, 3600, unit=" seconds"),
     "put_wait_seconds_max": _Range(0, 86400, unit=" seconds"),
     "adopt_seconds": _Range(0.01, 86400, optional=True, unit=" seconds"),
+    "stall_seconds_max": _Range(0.01, 86400, unit=" seconds"),
     "read_seconds_max": _Range(0.001, 86400, optional=True, unit=" seconds"),
     "workers": _Range(1, 256, optional=True),
     "index_blocks_max": _Range(1024, 1 << 30),

@@ -26,6 +26,10 @@ class BrokenTierError(CascadeError):
     """A tier was broken from outside (I/O errors, lost device); what other tiers hold still reads."""
 
 
+class TierStalledError(BrokenTierError):
+    """A tier does not answer. Nothing is known to be lost: it may answer later, and then all goes on."""
+
+
 class BlockNotFoundError(CascadeError, LookupError):
     """No tier holds the block: the caller recomputes it."""
 

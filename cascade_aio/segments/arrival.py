@@ -11,6 +11,7 @@ import asyncio
 import copy
 from collections.abc import Callable
 
+from cascade_aio.errors import BlockNotFoundError
 from cascade_aio.segments.format import CHUNK_BYTES, RecordHeader
 
 
@@ -24,6 +25,8 @@ class Arrival:
         self._on_header = on_header
         self._waiters: list[asyncio.Future[None]] = []
         self._failure: Exception | None = None
+        self.wait_s: float | None = None
+        """How long ``wait`` waits at most."""
 
     @property
     def complete(self) -> bool:
@@ -56,7 +59,7 @@ class Arrival:
     async def wait(self, start: int, stop: int) -> None:
         """Return once the payload's bytes from ``start`` up to ``stop`` are verified.
 
-        Raises what the read failed with. May be cancelled.
+        Raises what the read failed with, ``BlockNotFoundError`` after ``wait_s``. May be cancelled.
         """
         while not self.has(start, stop):
             if self._failure is not None:
@@ -64,7 +67,10 @@ class Arrival:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:
-                await waiter
+                async with asyncio.timeout(self.wait_s):
+                    await waiter
+            except TimeoutError:
+                raise BlockNotFoundError(f"the rest of the block did not come within {self.wait_s:g} s") from None
             finally:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)

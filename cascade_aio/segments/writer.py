@@ -254,6 +254,15 @@ class SegmentWriter:
         spare = self._prepared is not None and self._prepared.done()
         return len(self._segments) > (self._active is not None) + spare
 
+    @property
+    def settled(self) -> bool:
+        """Everything appended is durable, or has been given up."""
+        return self._pending.last_ticket <= self._pending.settled_ticket
+
+    def refuse_flushes(self, error: Callable[[], BaseException]) -> None:
+        """Answer every flush that waits now with an error; the writing goes on."""
+        self._pending.refuse(error)
+
     def append(self, record: PendingRecord) -> None:
         """Queue a block. Never blocks. Raises ``ClosedError`` or ``BrokenTierError``, and then took nothing."""
         nbytes = len(record.extent)

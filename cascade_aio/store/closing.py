@@ -10,7 +10,7 @@ import asyncio
 import warnings
 from collections.abc import Awaitable, Callable
 
-from cascade_aio.errors import ClosedError
+from cascade_aio.errors import ClosedError, TierStalledError
 from cascade_aio.store.context import StoreContext
 
 
@@ -30,9 +30,37 @@ async def close_store(context: StoreContext) -> None:
             stacklevel=2,
         )
     try:
-        await run_all(context.closers)
+        await _run_unless_stuck(context)
     finally:
         context.catalog.forget_copies()
+
+
+async def _run_unless_stuck(context: StoreContext) -> None:
+    """Run the closers; a storage that makes no progress for ``stall_seconds_max`` is given up, and they end by that."""
+    storage = context.platform.storage
+    closing = asyncio.ensure_future(run_all(context.closers))
+    cancelled: asyncio.CancelledError | None = None
+    abandoned = False
+    progress = storage.statistics()
+    while not closing.done():
+        try:
+            await asyncio.wait((closing,), timeout=context.config.stall_seconds_max)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            continue
+        if not closing.done() and storage.statistics() == progress:
+            abandoned = True
+            storage.abandon()
+        progress = storage.statistics()
+    if abandoned:
+        raise TierStalledError(
+            f"the storage of {context.config.root} did not answer for {context.config.stall_seconds_max:g} s while "
+            "the store was being closed: it was given up, and what was not flushed before may be lost"
+        ) from closing.exception()
+    if cancelled is not None:
+        closing.exception()  # told by the cancellation
+        raise cancelled
+    closing.result()
 
 
 async def run_all(steps: list[Callable[[], Awaitable[None]]]) -> None:

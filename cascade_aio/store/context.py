@@ -312,7 +312,9 @@ class StoreContext:
     def explain_arena(self) -> str:
         """Who holds the arena, for the message of a ``TierFullError``, and what to do about it."""
         cure = "release leases sooner or open the store with larger shm_bytes"
-        if self.disk.writer.full:
+        if self.disk.watch.stalled:
+            cure = f"the storage of {self.config.root} does not answer: check the device or the file system's servers"
+        elif self.disk.writer.full:
             cure = f"the file system of {self.config.root} is full: free space there, or set disk_bytes below its size"
         elif self.disk.writer.broken:
             cure = f"the disk of {self.config.root} takes no writes: check it and open the store again"

@@ -125,6 +125,7 @@ class Getter:
             async with asyncio.timeout(context.config.read_seconds_max):
                 copy = await waiter
         except TimeoutError:
+            self.loader.late(row)
             self.loader.leave(row, waiter)
             context.counters.late_reads += 1
             context.counters.misses += 1
@@ -206,6 +207,9 @@ class Getter:
                     self._catalog.release(copy)
         except TimeoutError:
             context.counters.late_reads += 1
+            for row, item in pending[len(blocks) :]:
+                if not isinstance(item, Block):
+                    self.loader.late(row)
         except ClosedError:
             raise
         except (BlockNotFoundError, CorruptionError, TierFullError, OSError):

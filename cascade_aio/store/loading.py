@@ -29,6 +29,7 @@ from cascade_aio.store.context import StoreContext
 from cascade_aio.store.recovering import refresh
 from cascade_aio.store.rewarming import rouse
 from cascade_aio.store.room import Claim
+from cascade_aio.store.slowness import SlowDisk
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -66,6 +67,7 @@ class Loader:
         self._context = context
         self._catalog = context.catalog
         self._loads: dict[int, _Load] = {}
+        self.slow = SlowDisk(context)
         context.catalog.on_forget = self._forget
 
     def __len__(self) -> int:
@@ -89,6 +91,8 @@ class Loader:
         bytes are verified. ``layered``: a load that starts now reads the first bytes of both parts first.
         """
         load = self._loads.get(row)
+        if self.slow.is_slow and not self._catalog.is_in_arena(row):
+            return self._refuse(row)
         if load is None:
             load = self._start(row, Urgency(priority), claim, layered=layered or early)
         else:
@@ -101,6 +105,20 @@ class Loader:
         else:
             (load.early if early else load.waiters).add(waiter)
         return waiter
+
+    def _refuse(self, row: int) -> Waiter:
+        self.slow.refused += 1
+        waiter: Waiter = self._context.loop.create_future()
+        why = f"its disk has not answered for {self.slow.slow_s:.1f} s; recompute it"
+        waiter.set_exception(_not_found(self._catalog.index.block_id(row), why))
+        return waiter
+
+    def late(self, row: int) -> None:
+        """Somebody has waited for ``row`` for too long. Not the disk's fault if it waits for room in the arena."""
+        load = self._loads.get(row)
+        location = self._catalog.index.location(row)
+        if load is not None and load.copy is not None and load.task is not None and location is not None:
+            self.slow.late(load.task, Location(*location))
 
     def hurry(self, row: int) -> None:
         """Somebody waits for ``row`` now."""
@@ -213,6 +231,7 @@ class Loader:
         load.copy = copy
         copy.loading = functools.partial(self._stop_if_unwanted, row, load)
         copy.arrival = Arrival(copy.extent.nbytes - copy.header_bytes, functools.partial(self._first_bytes, load, copy))
+        copy.arrival.wait_s = self._context.config.read_seconds_max
         read = RecordRead(
             location,
             copy.extent.nbytes,

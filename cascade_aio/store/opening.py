@@ -50,6 +50,7 @@ from cascade_aio.tiers.directory import ArenaDirectory
 from cascade_aio.tiers.directory_format import DirectoryIdentity
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
+from cascade_aio.tiers.stalls import StallWatch, watched
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -180,8 +181,10 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     disk_policy = policy() if evicts and not config.read_only else None
     catalog = Catalog(shm, table, policy(), disk_policy, blocks_max=config.index_blocks_max)
     backlog_bytes_max = config.shm_bytes // 2 if config.tail_bytes_max is None else config.tail_bytes_max
+    watch = StallWatch(config.stall_seconds_max)
+    undo.push_sync(watch.close)
     writer = SegmentWriter(
-        storage,
+        watched(storage, watch),
         root,
         claim,
         table,
@@ -193,7 +196,7 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
         ),
     )
     reader = SegmentReader(storage, platform.engine, table)
-    disk = DiskTier(platform, table, reader, writer, clock, backlog_bytes_max=backlog_bytes_max)
+    disk = DiskTier(platform, table, reader, writer, clock, backlog_bytes_max=backlog_bytes_max, watch=watch)
     context = StoreContext(config, platform, loop, shm, disk, catalog, LeaseDesk(catalog, loop))
     context.store_id, context.writer = root.store, claim.writer
     await recover(context, root, None if config.read_only else claim)

@@ -372,6 +372,7 @@ class Store:
                 **context.disk.statistics(),
                 **self._space.statistics(),
                 **context.adopter.statistics(),
+                **self._getter.loader.slow.statistics(),
                 "stripe": context.stripe,
                 "conflicts": context.merger.conflicts,
                 "facts_refused": context.facts_refused,

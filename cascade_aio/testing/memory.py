@@ -435,9 +435,11 @@ class MemoryStorage:
             except asyncio.CancelledError as error:  # the kernel has the buffers
                 cancelled = error
         self._stuck.discard(future)
-        future.result()
+        failure = future.exception()
         if cancelled is not None:
             raise cancelled
+        if failure is not None:
+            raise failure
 
     @contextlib.asynccontextmanager
     async def _operation(self, name: str, path: str, offset: int = 0, nbytes: int = 0) -> AsyncIterator[None]:

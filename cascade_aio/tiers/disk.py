@@ -17,7 +17,7 @@ from collections.abc import Callable
 from cascade_aio.abc.storage import Platform, Urgency
 from cascade_aio.config import format_size
 from cascade_aio.core.clock import HybridClock
-from cascade_aio.errors import BrokenTierError, TierFullError
+from cascade_aio.errors import BrokenTierError, TierFullError, TierStalledError
 from cascade_aio.segments.format import NoteBinding, RecordHeader, Tombstone
 from cascade_aio.segments.layout import CHECKPOINT_FILE
 from cascade_aio.segments.pending import PendingRecord
@@ -25,6 +25,7 @@ from cascade_aio.segments.reader import RecordRead, SegmentReader
 from cascade_aio.segments.table import SegmentTable
 from cascade_aio.segments.writer import SegmentWriter
 from cascade_aio.tiers.reading import TurnReads
+from cascade_aio.tiers.stalls import StallWatch
 
 
 class DiskTier:
@@ -39,6 +40,7 @@ class DiskTier:
         clock: HybridClock,
         *,
         backlog_bytes_max: int,
+        watch: StallWatch,
     ) -> None:
         self.table = table
         self.reader = reader
@@ -52,6 +54,8 @@ class DiskTier:
         """Raises ``BlockTooLargeError`` for a record of so many bytes that can never be written."""
         self._reads = TurnReads(reader)
         self._retracted: set[str] = set()
+        self.watch = watch
+        watch.on_change = self._stalled_or_not
 
     def stamp(self) -> int:
         """A stamp for a new record, later than all made or seen before."""
@@ -94,8 +98,23 @@ class DiskTier:
             self.writer.append_note(bindings, tombstones)
 
     async def flush(self) -> None:
-        """Everything appended so far is durable when this returns; errors as ``SegmentWriter.flush``."""
+        """Everything appended so far is durable when this returns; errors as ``SegmentWriter.flush``, and
+        ``TierStalledError`` once the storage has not answered for the limit of its watch."""
+        if self.watch.stalled and not self.writer.settled:
+            raise self._stalled_error()
         await self.writer.flush()
+
+    def _stalled_or_not(self) -> None:
+        if self.watch.stalled:
+            self.writer.refuse_flushes(self._stalled_error)
+        self.backlog_changed()
+
+    def _stalled_error(self) -> TierStalledError:
+        return TierStalledError(
+            f"the storage of {self.table.root} has not answered a write or sync for {self.watch.stalled_s:.1f} s: "
+            f"{format_size(self.writer.backlog_bytes)} wait in memory and are written when it does; check the device "
+            "or the file system's servers"
+        )
 
     def expedite(self) -> None:
         """Somebody waits for arena room that only durable records can give."""
@@ -151,7 +170,7 @@ class DiskTier:
 
     def _admits(self, nbytes: int) -> bool:
         writer = self.writer
-        if writer.full or writer.broken:
+        if writer.full or writer.broken or self.watch.stalled:
             return True
         backlog = writer.backlog_bytes
         return not backlog or backlog + nbytes <= self._backlog_bytes_max
@@ -159,6 +178,8 @@ class DiskTier:
     def describe_backlog(self) -> str:
         """For messages: what waits for the disk, and why."""
         state = "broken" if self.writer.broken else "without room" if self.writer.full else "working"
+        if self.watch.stalled:
+            state = f"stuck: the storage has not answered for {self.watch.stalled_s:.1f} s"
         return f"{format_size(self.writer.backlog_bytes)} wait to be written (the writer is {state})"
 
     # -- room on disk -------------------------------------------------------------------------
@@ -199,6 +220,9 @@ class DiskTier:
             "backlog_bytes": writer.backlog_bytes,
             "backlog_bytes_max": self._backlog_bytes_max,
             "unsynced_bytes": writer.unsynced_bytes,
+            "stalled": self.watch.stalled,
+            "stalled_s": self.watch.stalled_s,
+            "stalls": self.watch.stalls,
             "full": writer.full,
             "broken": writer.broken,
             "records_read": self.reader.records,
