@@ -18,7 +18,7 @@ from typing import Protocol
 from cascade_aio.core.policies.orders import KEEP_OLD, LEAST_RECENT, LEAST_USED, Order
 from cascade_aio.core.policies.queues import AgedQueues
 
-SLOTS_MAX = 512
+SLOTS_MAX = 1024
 SHIFT_MIN = 2
 """At most a quarter of all blocks are in the sample: what a small tier pays for, per event, is this share."""
 JUDGE_USES = 256
@@ -129,6 +129,7 @@ class Duel:
         self._queued = (self._learnt, _QueueShadow(LEAST_USED), _QueueShadow(KEEP_OLD))
         self._shadows: tuple[_Shadow, ...] = (*self._queued, _RecencyShadow())
         self._scores = [0.0] * len(self._shadows)
+        self._to_shrink: list[_Shadow] = []
         self._uses = 0
         self.ruler: Order | None = None
         """The simple order that should rule now; ``None`` for the learnt one."""
@@ -141,15 +142,21 @@ class Duel:
     def set_learnt(self, order: Order) -> None:
         self._learnt.set_order(order)
 
-    def use(self, hashed: int, kind: int, now: int, resident: int) -> bool:
+    def use(self, hashed: int, kind: int, now: int, resident: int, *, is_full: bool = True) -> bool:
         """A block of the sample was used and is of class ``kind`` from now on, at event ``now``, in a tier of
-        ``resident`` blocks. Whether it was time for a judgement and ``ruler`` has changed."""
+        ``resident`` blocks. Whether it was time for a judgement and ``ruler`` has changed.
+
+        Until the tier ``is_full`` (has evicted something) the shadows evict nothing either: a sample is never
+        exactly its share of the tier, and what they lost by that would count."""
         room = (resident >> self._shift) + 1
         if room > SLOTS_MAX:
             self._shift += 1
-            for shadow in self._shadows:
-                shadow.shrink(self.threshold)
+            self._to_shrink = list(self._shadows)
             return False
+        if self._to_shrink:  # one at a time, for the sake of who waits
+            self._to_shrink.pop().shrink(self.threshold)
+        if not is_full:
+            room = 2 * SLOTS_MAX
         for shadow in self._shadows:
             shadow.use(hashed, kind, now, room)
         self._uses += 1

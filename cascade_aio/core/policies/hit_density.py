@@ -87,6 +87,7 @@ class HitDensity:
         self._newest = 0
         """Used last and not queued yet: mostly its child comes next, and it need not be queued at all."""
         self._resident = 0
+        self._is_full = False
         self._admitted_bytes = 0
         self._advance_at = _ADVANCE_EVENTS
         self._fit_at = _FIT_EVENTS_MIN
@@ -157,6 +158,7 @@ class HitDensity:
         slot = node + 1
         assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
         assert not self._pins[slot], f"node {node} is pinned"
+        self._is_full = True
         self._resident -= 1
         self._admitted_bytes -= self._nbytes[slot]
         if self._queues.queue[slot]:
@@ -228,7 +230,8 @@ class HitDensity:
         hashed, kind = self._hash[slot], self._class(slot)
         if hashed < self._sample.threshold:
             self._sample.use(hashed, _LEARNT_OF_CLASS[kind], now)
-        if hashed < self._duel.threshold and self._duel.use(hashed, kind, now, self._resident):
+        duel = self._duel
+        if hashed < duel.threshold and duel.use(hashed, kind, now, self._resident, is_full=self._is_full):
             self._enforce()
 
     def _queue(self, slot: int) -> None:

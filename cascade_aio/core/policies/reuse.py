@@ -28,6 +28,8 @@ LIVES_MAX = 1 << 14
 """Open lives: about 2.5 MiB."""
 EXPIRED_MAX = 1 << 11
 """Lives given up as not coming back per call: 0.3 ms."""
+LEAVING_PER_USE = 64
+"""Blocks that leave a sample that was halved, per use of one that stays: a stop for all of them would be felt."""
 LIVES_HALF = 1 << 17
 """Eight times the open lives: less forgets what comes back rarely before it came back."""
 
@@ -47,6 +49,7 @@ class ReuseSample:
         self._reused = np.zeros((LEARNT, AGES))
         self._lost = np.zeros((LEARNT, AGES))
         self._ended = array("i")
+        self._leaving: list[int] = []
         self._settled_at = 0
 
     def use(self, hashed: int, kind: int, now: int) -> None:
@@ -56,7 +59,10 @@ class ReuseSample:
             began, before = divmod(life, LEARNT)
             self._ended.append(before * AGES + bisect_right(self._edges, now - began) - 1)
         self._open[hashed] = now * LEARNT + kind
-        if len(self._open) > self._lives_max:
+        if self._leaving:
+            for _ in range(min(LEAVING_PER_USE, len(self._leaving))):
+                self._open.pop(self._leaving.pop(), None)
+        elif len(self._open) > self._lives_max:
             self._halve(now)
 
     def reclassify(self, hashed: int, kind: int) -> None:
@@ -116,6 +122,6 @@ class ReuseSample:
         """Drop the upper half of the hashes, and of the weight of what was counted with them."""
         self._settle(now)
         self.threshold //= 2
-        self._open = {hashed: life for hashed, life in self._open.items() if hashed < self.threshold}
+        self._leaving = [hashed for hashed in self._open if hashed >= self.threshold]
         self._reused *= 0.5
         self._lost *= 0.5
