@@ -74,11 +74,12 @@ def write_table(
 ) -> None:
     """Put the tables of the newest result files into README.md."""
     try:
-        chosen = [result] if result else [results.newest(RESULTS)]
-        if not result and any(RESULTS.glob(results.PREFETCH_GLOB)):
-            chosen.append(results.newest(RESULTS, results.PREFETCH_GLOB))
-        for path in chosen:
-            table.update(readme, results.load(path), check=check)
+        chosen = [results.load(result or results.newest(RESULTS))]
+        if not result and any(RESULTS.glob(results.PREFETCH_GLOB)):  # a file of its own goes before rows of a whole run
+            ahead = results.load(results.newest(RESULTS, results.PREFETCH_GLOB))
+            chosen = [table.only(chosen[0], ahead=False), ahead]
+        for file in chosen:
+            table.update(readme, file, check=check)
     except BenchError as error:
         Console(stderr=True).print(f"bench: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from error

@@ -53,7 +53,7 @@ def replace(readme: str, result: ResultFile) -> str:
         raise BenchError(f"README.md has no {BEGIN} … {END}: put the two lines where the table belongs")
     if PREFETCH_BEGIN not in readme:
         return f"{before}{BEGIN}\n{render(result)}\n{END}{after}"
-    ahead, others = _only(result, ahead=True), _only(result, ahead=False)
+    ahead, others = only(result, ahead=True), only(result, ahead=False)
     text = readme
     if others.rows or others.not_run:
         text = f"{before}{BEGIN}\n{render(others)}\n{END}{after}"
@@ -66,7 +66,7 @@ def replace(readme: str, result: ResultFile) -> str:
     return f"{before}{PREFETCH_BEGIN}\n{render(ahead)}\n{PREFETCH_END}{after}"
 
 
-def _only(result: ResultFile, *, ahead: bool) -> ResultFile:
+def only(result: ResultFile, *, ahead: bool) -> ResultFile:
     """``result`` with the rows about reading ahead, or with all others."""
     return msgspec.structs.replace(
         result,

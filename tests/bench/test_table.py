@@ -93,3 +93,26 @@ def test_reading_ahead_has_a_table_of_its_own_and_leaves_the_other_alone(sample:
     both = table.replace(text, sample)
     assert table.PREFETCH_BEGIN in both
     assert lines[2] in both, "and the other way round"
+
+
+def test_a_file_of_its_own_goes_before_rows_of_a_whole_run(
+    tmp_path: pathlib.Path, sample: ResultFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series = [
+        results.make_series(name, "s", [1.0, 1.0])
+        for name in ("stalled", "without prefetch", "without prefetch, stalled")
+    ]
+    decode = msgspec.structs.replace(sample.rows[1], figure="prefetch_decode", variant="0.25", extra=series)
+    whole = msgspec.structs.replace(sample, rows=[*sample.rows, decode])
+    results.save(tmp_path / "engine-1.json", whole)
+    own = msgspec.structs.replace(sample, rows=[msgspec.structs.replace(decode, variant="4")], not_run=[])
+    results.save(tmp_path / "prefetch-1.json", own)
+    monkeypatch.setattr("bench.app.RESULTS", tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{README}{table.PREFETCH_BEGIN}\nnone\n{table.PREFETCH_END}\n", encoding="utf-8")
+    runner = CliRunner()
+    assert runner.invoke(app, ["table", "--readme", str(readme)]).exit_code == 0
+    text = readme.read_text(encoding="utf-8")
+    assert "| 4 × |" in text
+    assert "0.25 ×" not in text
+    assert runner.invoke(app, ["table", "--readme", str(readme), "--check"]).exit_code == 0
