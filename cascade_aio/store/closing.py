@@ -51,6 +51,8 @@ async def _run_unless_stuck(context: StoreContext) -> None:
         if not closing.done() and storage.statistics() == progress:
             abandoned = True
             storage.abandon()
+            if context.publisher is not None:
+                context.publisher.discard_arena()
         progress = storage.statistics()
     if abandoned:
         raise TierStalledError(

@@ -82,6 +82,10 @@ class Publisher:
         self._directory.begin()
         self._arena.keep = True
 
+    def discard_arena(self) -> None:
+        """The kernel may still write into the arena when this process is gone: nobody may take it over."""
+        self._arena.keep = False
+
     # -- for the service ------------------------------------------------------------------------
 
     @property
