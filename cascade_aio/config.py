@@ -115,6 +115,8 @@ class StoreConfig:
     """What was put is written and synced after so long without a flush."""
     put_wait_seconds_max: float = 30.0
     """How long a put or get waits for arena room before ``TierFullError``."""
+    scrub_bandwidth: int | None = None
+    """Bytes per second at which own segments are read again and again in search of damage; ``None``: not at all."""
     adopt_seconds: float | None = 60.0
     """How often writers of the root that died are looked for and their segments adopted; ``None``: only on request."""
     read_seconds_max: float | None = 30.0
@@ -167,6 +169,7 @@ _RANGES = {
     "tail_bytes_max": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),
     "tail_seconds_max": _Range(0.001, 3600, unit=" seconds"),
     "put_wait_seconds_max": _Range(0, 86400, unit=" seconds"),
+    "scrub_bandwidth": _Range(1, SIZE_BYTES_MAX, optional=True, size=True),
     "adopt_seconds": _Range(0.01, 86400, optional=True, unit=" seconds"),
     "stall_seconds_max": _Range(0.01, 86400, unit=" seconds"),
     "read_seconds_max": _Range(0.001, 86400, optional=True, unit=" seconds"),

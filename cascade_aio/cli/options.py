@@ -43,6 +43,7 @@ SETTING_HELP = {
     "tail_bytes_max": "Puts wait above so many unwritten bytes; none: half of the arena.",
     "tail_seconds_max": "Age at which what was put is written and synced.",
     "put_wait_seconds_max": "How long to wait for arena room.",
+    "scrub_bandwidth": "Bytes per second read in search of damage; none: not at all.",
     "adopt_seconds": "How often segments of dead writers are looked for; none: never.",
     "read_seconds_max": "Deadline of a disk read; none: no deadline.",
     "stall_seconds_max": "A write or sync that takes longer: the storage hangs.",

@@ -184,7 +184,13 @@ async def _search(
 
 
 async def check_payload(
-    storage: Storage, engine: ByteEngine, file: File, entry: SegmentEntry, header: fmt.RecordHeader, buffer: memoryview
+    storage: Storage,
+    engine: ByteEngine,
+    file: File,
+    entry: SegmentEntry,
+    header: fmt.RecordHeader,
+    buffer: memoryview,
+    priority: Priority = Priority.BACKGROUND,
 ) -> CorruptionError | None:
     """Read a record's payload through ``buffer`` (a multiple of its chunk) and check it: the damage, or ``None``.
 
@@ -197,7 +203,7 @@ async def check_payload(
     start = header.offset + header.header_pages * PAGE_BYTES
     for offset in range(start, header.end, step):
         piece = buffer[: min(step, header.end - offset)]
-        count = await storage.read(file, [piece], offset, priority=Priority.BACKGROUND)
+        count = await storage.read(file, [piece], offset, priority=priority)
         if count < len(piece):
             return CorruptionError("the file ends within a record", path=entry.path, segment=entry.name, offset=offset)
         crcs.extend(await engine.checksum(piece, header.chunk_bytes))
@@ -205,7 +211,13 @@ async def check_payload(
 
 
 async def verify_records(
-    storage: Storage, engine: ByteEngine, file: File, entry: SegmentEntry, *, end: int
+    storage: Storage,
+    engine: ByteEngine,
+    file: File,
+    entry: SegmentEntry,
+    *,
+    end: int,
+    priority: Priority = Priority.BACKGROUND,
 ) -> AsyncIterator[tuple[fmt.RecordHeader | Gap, CorruptionError | None]]:
     """Every record of a segment with the damage found in it, and every gap, which is damage.
 
@@ -216,7 +228,7 @@ async def verify_records(
     async for item in scan_records(storage, file, entry, start=PAGE_BYTES, end=end):
         if isinstance(item, fmt.RecordHeader):
             try:
-                error = await check_payload(storage, engine, file, entry, item, buffer)
+                error = await check_payload(storage, engine, file, entry, item, buffer, priority)
             except OSError as exc:
                 reason = f"payload is {unreadable_reason(exc)}"
                 error = CorruptionError(

@@ -31,6 +31,7 @@ from cascade_aio.tiers.shm import ShmTier
 
 if TYPE_CHECKING:
     from cascade_aio.store.adopting import Adopter
+    from cascade_aio.store.scrubbing import Scrubber
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -174,6 +175,7 @@ class StoreContext:
     merger: CatalogMerger = dataclasses.field(init=False)
     recovery: Recovery = dataclasses.field(init=False)
     adopter: Adopter = dataclasses.field(init=False)
+    scrubber: Scrubber | None = None
     index_doubtful: bool = False
     """The index is not to be kept in a checkpoint: the segments are to be read again."""
     facts_applied: int = 0

@@ -43,6 +43,7 @@ from cascade_aio.store.publishing import Publisher
 from cascade_aio.store.putting import Putter
 from cascade_aio.store.recovering import recover, save_checkpoint
 from cascade_aio.store.rewarming import rewarm, write_unwritten
+from cascade_aio.store.scrubbing import Scrubber
 from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.store import Store
 from cascade_aio.tiers.arena import Arena, PrivateArena, SharedArena, open_arena, open_kept_arena
@@ -218,6 +219,9 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     if isinstance(arena, SharedArena) and arena.directory is not None:
         await _publish(context, arena, arena.directory, empty_because)
     context.tasks.spawn(_prefault(context), "cascade-prefault")
+    if config.scrub_bandwidth is not None and not config.read_only:
+        context.scrubber = Scrubber(context, claim.path)
+        context.tasks.spawn(context.scrubber.run(), "cascade-scrubber")
     if config.adopt_seconds is not None and not config.read_only:
         context.tasks.spawn(adopter.run(config.adopt_seconds), "cascade-adopter")
     context.stripe = stripe

@@ -376,6 +376,7 @@ class Store:
                 "stripe": context.stripe,
                 "conflicts": context.merger.conflicts,
                 "facts_refused": context.facts_refused,
+                "scrub": None if context.scrubber is None else context.scrubber.statistics(),
                 "recovery": dataclasses.asdict(context.recovery.report),
             },
             "prefetch": self._prefetcher.statistics(),
