@@ -131,8 +131,8 @@ class StoreConfig:
     stripe: Literal["auto", "off"] = "auto"
     index_blocks_max: int = 1 << 23
     """Blocks the index may hold, those of other writers of the root included; reserves address space, not memory."""
-    eviction: Literal["prefix-lru", "hit-density"] = "prefix-lru"
-    """Which blocks leave a full tier: ``prefix-lru`` is the cheapest, ``hit-density`` learns when blocks come back."""
+    eviction: Literal["hit-density", "prefix-lru"] = "hit-density"
+    """Which blocks leave a full tier: ``hit-density`` learns when blocks come back, ``prefix-lru`` is cheaper."""
     read_only: bool = False
     """Only look: the root must exist, nothing in it is written, locked, recovered or created."""
     may_lose_unflushed: bool = False

@@ -52,7 +52,7 @@ SETTING_HELP = {
     "stripe_bytes": "Lustre stripe size.",
     "stripe": "auto or off.",
     "index_blocks_max": "Blocks the index may hold, of all writers of the root.",
-    "eviction": "prefix-lru or hit-density: which blocks leave a full tier.",
+    "eviction": "hit-density or prefix-lru: which blocks leave a full tier.",
     "read_only": "Only look: write nothing (what ls, get, stat and verify do anyway).",
     "may_lose_unflushed": "Evict unwritten blocks without writing them.",
     "warm_restart": "Keep the arena at the end, and start with what it holds; 'serve' always does.",

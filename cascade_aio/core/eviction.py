@@ -1,4 +1,6 @@
-"""Who leaves a full tier: ``PrefixLru`` (the default) and ``Lru`` (the baseline to beat).
+"""Who leaves a full tier, the simple ways: ``PrefixLru`` and ``Lru`` (the baseline to beat).
+
+The default policy is ``HitDensity`` (``policies/``).
 
 Pure implementations of ``cascade_aio.abc.eviction.EvictionPolicy``. They see row numbers, parents
 and sizes, never blocks, bytes or tiers.

@@ -59,11 +59,10 @@ class ReuseSample:
             began, before = divmod(life, LEARNT)
             self._ended.append(before * AGES + bisect_right(self._edges, now - began) - 1)
         self._open[hashed] = now * LEARNT + kind
-        if self._leaving:
-            for _ in range(min(LEAVING_PER_USE, len(self._leaving))):
-                self._open.pop(self._leaving.pop(), None)
-        elif len(self._open) > self._lives_max:
+        if len(self._open) > self._lives_max and not self._leaving:
             self._halve(now)
+        for _ in range(min(LEAVING_PER_USE, len(self._leaving))):
+            self._open.pop(self._leaving.pop(), None)
 
     def reclassify(self, hashed: int, kind: int) -> None:
         """The running life of a block of the sample turned out to be of class ``kind``."""
