@@ -37,8 +37,8 @@ def examine(config: StoreConfig) -> Iterator[Finding]:
 
 @store_command
 def doctor(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
-    """Check this machine; exit code 1 if a store cannot work here. ROOT defaults to the settings' or '.'."""
-    config = settings.config(directory, default_root=".")
+    """Check this machine; exit code 1 if a store cannot work here. ROOT defaults to the settings' or 'kv' here."""
+    config = settings.config(directory, default_root="kv")
     findings = list(examine(config))
     usable = all(finding.level != "fatal" for finding in findings)
     if json:

@@ -5,6 +5,7 @@ They block for milliseconds and write one page to an unnamed file that vanishes 
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import mmap
@@ -15,6 +16,9 @@ import tempfile
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.cli.findings import Finding
 from cascade_aio.config import StoreConfig, format_size
+from cascade_aio.errors import ConfigError
+from cascade_aio.io.storage import open_storage
+from cascade_aio.segments.layout import look_at_root
 
 LUSTRE_MAGIC = 0x0BD00BD0
 DISK_FREE_BYTES_MIN = 1 << 30
@@ -81,7 +85,20 @@ def try_direct_write(directory: str) -> str | None:
             return error.strerror or errno.errorcode.get(error.errno or 0, "unknown error")
 
 
+async def _look(config: StoreConfig) -> None:
+    storage = open_storage("threads")
+    try:
+        await look_at_root(storage, config.root, config.digest)
+    finally:
+        await storage.aclose()
+
+
 def check_root(config: StoreConfig) -> Finding:
+    try:
+        asyncio.run(_look(config))  # what an open would look at, before anything is written
+    except ConfigError as error:
+        found, _, cure = str(error).partition(": ")
+        return Finding("root", "fatal", found, "a store cannot be opened here", cure or "choose another root")
     where = nearest_directory(config.root)
     found = f"{config.root} on {file_system_name(where)}"
     if not os.access(where, os.W_OK | os.X_OK):

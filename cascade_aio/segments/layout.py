@@ -137,11 +137,10 @@ async def find_root(storage: Storage, root: str) -> Root:
     return _check_root(root, found, None)
 
 
-async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock) -> Root:
-    """Create the root or check that it is ours.
+async def look_at_root(storage: Storage, root: str, digest: str) -> Root | None:
+    """What ``open_root`` would take or refuse: the root, ``None`` where it would make one. Writes nothing.
 
-    Raises ``ConfigError`` for what is no store, another format version or digest kind, or a
-    directory that cannot be created or written.
+    Raises ``ConfigError`` as it does.
     """
     if digest not in DIGEST_KINDS:
         raise ConfigError(f"digest={digest!r} is unknown; use one of {', '.join(DIGEST_KINDS)}")
@@ -165,6 +164,18 @@ async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock) -
         raise ConfigError(
             f"{root} is no store and not empty (it holds {', '.join(strangers[:3])}): name an empty or new directory"
         )
+    return None
+
+
+async def open_root(storage: Storage, root: str, digest: str, *, clock: Clock) -> Root:
+    """Create the root or check that it is ours.
+
+    Raises ``ConfigError`` for what is no store, another format version or digest kind, or a
+    directory that cannot be created or written.
+    """
+    known = await look_at_root(storage, root, digest)
+    if known is not None:
+        return known
     try:
         changed = await _directories_to_change(storage, root)
         await storage.make_directory(posixpath.join(root, WRITERS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,42 @@ def test_a_read_only_root_is_fatal(tmp_path: Path) -> None:
         pytest.skip("root may write anywhere")
     (tmp_path / "root").mkdir(mode=0o500)
     assert root_checks.check_root(make_config(tmp_path / "root")).level == "fatal"
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda root: (root / "notes.txt").write_text("x"), "not empty"),
+        (lambda root: (root / "cascade.json").write_text("{}"), "does not describe"),
+        (lambda root: (root / "cascade.json").write_text("not JSON"), "damaged"),
+    ],
+    ids=["strangers", "another format", "damaged"],
+)
+def test_what_an_open_would_refuse_is_fatal(
+    tmp_path: Path, cli: Cli, made: Callable[[Path], object], found: str
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    made(root)
+    before = sorted(root.iterdir())
+    call = cli("doctor", root, "--json")
+    (finding,) = [finding for finding in call.json["findings"] if finding["check"] == "root"]
+    assert (call.code, finding["level"]) == (1, "fatal")
+    assert found in finding["found"] + finding["cure"]
+    assert sorted(root.iterdir()) == before
+
+
+def test_the_digest_of_a_root_is_asked_for(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "one").write_bytes(b"x")
+    assert cli("put", tmp_path / "one", "--root", tmp_path / "root", "--digest", "blake3").code == 0
+    assert cli("doctor", tmp_path / "root").code == 1
+    assert cli("doctor", tmp_path / "root", "--digest", "blake3").code == 0
+
+
+def test_the_directory_one_is_in_need_not_be_empty(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "anything").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    call = cli("doctor", "--json")
+    (finding,) = [finding for finding in call.json["findings"] if finding["check"] == "root"]
+    assert finding["level"] != "fatal"
+    assert [path.name for path in tmp_path.iterdir()] == ["anything"]
