@@ -70,6 +70,8 @@ class CatalogMerger:
         self._pending_count = 0
         self.facts = FactMerger()
         self.conflicts = 0
+        self.hearsay = False
+        """Whether a name or a deletion was taken in that is another writer's and was not known to be durable."""
         self.lost: list[LostSegment] = []
 
     def apply(self, fact: Fact) -> int:
@@ -77,8 +79,10 @@ class CatalogMerger:
         if isinstance(fact, BlockFact):
             return self._block(fact)
         if isinstance(fact, BindingFact):
+            self.hearsay |= fact.provisional
             self._binding(_Name(fact.block_id, fact.key, fact.parent, fact.stamp))
         elif isinstance(fact, TombstoneFact):
+            self.hearsay |= fact.provisional
             self.bury(fact.block_id, fact.stamp)
         elif isinstance(fact, VanishedFact):
             self._vanished(fact.segment)

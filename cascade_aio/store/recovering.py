@@ -29,6 +29,7 @@ from cascade_aio.segments.facts import BindingFact, BlockFact, Fact, TombstoneFa
 from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim, largest_checkpoint
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.context import StoreContext
+from cascade_aio.store.merging import PROVISIONAL
 
 TRIMMED_BLOCKS_MIN = 100_000
 """Opening more blocks than this leaves so much freed memory behind (80 bytes a block) that it is returned."""
@@ -122,6 +123,8 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
         return  # it would say that what was refused need not be read again
     covers, positions = covers_of(context.disk.table)
     columns = await asyncio.to_thread(_columns_of, context.catalog.index, positions)
+    if context.merger.hearsay or (columns["flags"] & PROVISIONAL).any():
+        return  # another writer may never have made it durable: the next session asks the segments
     tombstones = context.merger.facts.tombstones()
     ids = np.frombuffer(b"".join(tombstones), dtype=np.uint8).reshape(-1, BLOCK_ID_BYTES)
     columns["tombstone_id"] = ids
