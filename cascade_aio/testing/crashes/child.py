@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from typing import Any
 
 import cascade_aio as ca
@@ -30,6 +30,9 @@ OPERATIONS_PER_BATCH_MAX = 8
 
 LOOKS = 8
 """Blocks that are read between two batches."""
+
+COMPACTION_SECONDS_MAX = 0.05
+"""A compaction that is cancelled is so after at most so long."""
 
 TURNS_BEFORE_CANCEL_MAX = 40
 """A put that is cancelled is so after at most so many turns of the loop."""
@@ -71,6 +74,7 @@ class ChildPlan:
             shm_bytes=16 * MIB,
             segment_bytes=self.segment_bytes,
             disk_bytes=self.disk_bytes,
+            when_full="refuse" if self.disk_bytes is None else "evict",
             request_bytes_max=self.request_bytes_max,
             tail_seconds_max=self.tail_seconds_max,
             adopt_seconds=self.adopt_seconds,
@@ -179,7 +183,9 @@ class Writer:
         elif choice < 0.72:
             self._store.prefetch([block_id_of(block) for block in self._rng.sample(self._blocks, LOOKS)])
         elif choice < 0.78:
-            await self._refreshed()
+            await self._trying(self._store.refresh())
+        elif choice < 0.84:
+            await self._compacted()
 
     async def _flushed(self, upto: int) -> None:
         try:
@@ -190,9 +196,19 @@ class Writer:
         else:
             tell("durable", upto)
 
-    async def _refreshed(self) -> None:
+    async def _compacted(self) -> None:
+        """To its end, or until it is cancelled somewhere."""
+        task = asyncio.get_running_loop().create_task(self._trying(self._store.compact()))
+        if self._rng.random() < 0.5:
+            await asyncio.sleep(self._rng.random() * COMPACTION_SECONDS_MAX)
+            task.cancel()
+        await asyncio.wait((task,))
+        if not task.cancelled():
+            task.result()
+
+    async def _trying(self, call: Awaitable[object]) -> None:
         try:
-            await self._store.refresh()
+            await call
         except MAY_RAISE:
             if not self._plan.may_fail:
                 raise
