@@ -32,6 +32,7 @@ def families() -> dict[str, Family]:
     from bench.figures import (
         bound_put,
         cold_get,
+        compaction,
         hot_get,
         index,
         loop_lag,
@@ -54,4 +55,5 @@ def families() -> dict[str, Family]:
         "cold_get_cpu": cold_get.cpu_cases,
         "index": index.cases,
         "prefetch": prefetch.cases,
+        "compaction": compaction.cases,
     }

@@ -22,8 +22,8 @@ from cascade_aio.segments.buffers import page_buffer
 from cascade_aio.segments.reader import verify_payload
 from cascade_aio.segments.table import SegmentEntry
 
-SCAN_WINDOW_BYTES = 1 << 20
-"""Read at once where records are small, and when searching."""
+SCAN_WINDOW_BYTES = 1 << 23
+"""Read at once where records are small, and when searching: two requests, so that the device has work."""
 
 HEADER_WINDOW_BYTES = fmt.HEADER_PAGES_MAX * PAGE_BYTES
 """Read at once where records are large: enough for any header."""

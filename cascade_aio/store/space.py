@@ -49,6 +49,12 @@ logger = logging.getLogger("cascade_aio.store")
 POLL_SECONDS = 1.0
 """How often an idle keeper looks for dead bytes: nobody tells when a segment is sealed or a block dies."""
 
+NEARLY_DUE_POLLS = 4
+"""So many times as often when there are nearly enough dead bytes."""
+
+NEARLY_DUE_SHARE = 0.8
+"""Of the share of dead bytes at which compaction begins."""
+
 RETRY_SECONDS = 5.0
 """Pause after compaction at leisure has failed."""
 
@@ -108,6 +114,7 @@ class SpaceKeeper:
         self._hurry = asyncio.Event()
         self._waiters: list[_Waiter] = []
         self._leisure_from_s = 0.0
+        self._nearly_due = False
         self.may_evict = config.when_full == "evict"
         self.evicted_blocks = 0
         context.disk.writer.gate = self
@@ -202,7 +209,7 @@ class SpaceKeeper:
 
     async def _wait(self) -> None:
         try:
-            async with asyncio.timeout(POLL_SECONDS):
+            async with asyncio.timeout(POLL_SECONDS / (NEARLY_DUE_POLLS if self._nearly_due else 1)):
                 await self._needed.wait()
         except TimeoutError:
             return
@@ -229,6 +236,7 @@ class SpaceKeeper:
         if not self._bandwidth or self._context.closed or self._context.loop.time() < self._leisure_from_s:
             return False
         uses = self._uses()
+        self._nearly_due = dead_share(uses) > NEARLY_DUE_SHARE * DEAD_SHARE_MAX
         if is_due(uses, self._segment_bytes):
             return await self._round(uses, self._pacer(self._bandwidth))
         if self._judge.is_due and await self._judge.look(stop=lambda: bool(self._waiters)):
