@@ -26,7 +26,7 @@ def run(
     out: Annotated[pathlib.Path, typer.Option(help="Result file.")] = RESULT,
     limit: Annotated[int | None, typer.Option(min=1, help="Requests per trace, for tests.")] = None,
 ) -> None:
-    """Replay the traces of the folder (if it is there) and the generated ones; about two minutes."""
+    """Replay the traces of the folder (if it is there) and the generated ones; about seven minutes."""
     console = Console(stderr=True)
     try:
         report.save(out, report.measure(sorted(traces.glob("*.jsonl")), limit, console.print))
