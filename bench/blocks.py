@@ -14,6 +14,8 @@ import cascade_aio as ca
 from bench.data import Pool
 from bench.results import BenchError
 
+AnyStore = ca.Store | ca.ServiceStore
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -36,7 +38,7 @@ async def in_flight(limit: int, jobs: Iterable[T], work: Callable[[T], Awaitable
     return done
 
 
-async def put_all(store: ca.Store, pool: Pool, limit: int) -> list[ca.BlockId]:
+async def put_all(store: AnyStore, pool: Pool, limit: int) -> list[ca.BlockId]:
     """Put every block of ``pool`` as it is stamped now; their ids in the pool's order."""
     ids: list[ca.BlockId | None] = [None] * pool.count
 
@@ -47,7 +49,7 @@ async def put_all(store: ca.Store, pool: Pool, limit: int) -> list[ca.BlockId]:
     return [block_id for block_id in ids if block_id is not None]
 
 
-async def lease_all(store: ca.Store, ids: Sequence[ca.BlockId], limit: int) -> list[tuple[int, ca.Block]]:
+async def lease_all(store: AnyStore, ids: Sequence[ca.BlockId], limit: int) -> list[tuple[int, ca.Block]]:
     """Leases on all of ``ids`` with their index, in order of arrival; the caller releases them."""
 
     async def get(index: int) -> tuple[int, ca.Block]:

@@ -15,8 +15,8 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Literal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import cascade_aio as ca
 from bench import machine
@@ -95,6 +95,10 @@ class Session:
         assert self._opened is not None, "no store was opened yet"
         return self._opened
 
+    def note_opened(self, statistics: Mapping[str, Any], settings: dict[str, Scalar]) -> None:
+        """A service was started instead of a store opened: the rows that follow are about it."""
+        self._opened = _describe(statistics, settings)
+
     def arena_bytes(self, block_bytes: int, blocks: int) -> int:
         """Arena for ``blocks`` blocks and a quarter more; raises ``BenchError`` above the limit."""
         wanted = max(ARENA_FLOOR_BYTES, (block_bytes + EXTENT_OVERHEAD_BYTES) * blocks * 5 // 4)
@@ -132,7 +136,7 @@ class Session:
         settings = {"shm_bytes": shm_bytes, "io_backend": self.io_backend, **settings}
         try:
             async with ca.open_store(root, arena=arena, **settings) as store:
-                self._opened = _describe(store, settings)
+                self._opened = _describe(store.statistics(), settings)
                 await _settled(store)
                 yield store
         finally:
@@ -191,6 +195,6 @@ async def _settled(store: ca.Store) -> None:
         await asyncio.sleep(SETTLE_POLL_SECONDS)
 
 
-def _describe(store: ca.Store, settings: dict[str, Scalar]) -> Opened:
-    io = store.statistics()["io"]
+def _describe(statistics: Mapping[str, Any], settings: dict[str, Scalar]) -> Opened:
+    io = statistics["io"]
     return Opened(dict(settings), str(io["backend"]), "; ".join(io["notes"]) or f"as asked: {settings['io_backend']}")

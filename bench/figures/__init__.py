@@ -40,6 +40,9 @@ def families() -> dict[str, Family]:
         put_flush,
         put_readable,
         read_into,
+        service_churn,
+        service_hot,
+        service_pairs,
         small_put,
     )
 
@@ -56,4 +59,7 @@ def families() -> dict[str, Family]:
         "index": index.cases,
         "prefetch": prefetch.cases,
         "compaction": compaction.cases,
+        "service_hot": service_hot.cases,
+        "service_pairs": service_pairs.cases,
+        "service_churn": service_churn.cases,
     }

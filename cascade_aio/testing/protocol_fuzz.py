@@ -29,6 +29,7 @@ import cascade_aio as ca
 from cascade_aio.config import make_config
 from cascade_aio.daemon import Service, ServiceConfig, serve
 from cascade_aio.daemon.handshake import say_hello
+from cascade_aio.tiers.arena import remove_arena
 
 MESSAGES_PER_CONNECTION = 400
 """About: a connection ends earlier at the first message that is not allowed."""
@@ -205,6 +206,14 @@ async def fuzz(root: Path, *, messages: int, seed: int) -> FuzzReport:
         root, shm_bytes="64MiB", arena=f"cascade-fuzz-{uuid.uuid4().hex[:12]}", put_wait_seconds_max=1.0,
         disk_bytes="256MiB", segment_bytes="8MiB",
     )  # fmt: skip
+    try:
+        await _fuzz(config, rng, messages, report)
+    finally:
+        await asyncio.to_thread(remove_arena, f"{config.shm_dir}/{config.arena}")
+    return report
+
+
+async def _fuzz(config: ca.StoreConfig, rng: random.Random, messages: int, report: FuzzReport) -> None:
     async with serve(config, ServiceConfig(linger_seconds_max=0.0, refresh_seconds=60.0)) as service:
         path = service.socket_path
         async with ca.connect(path) as store:
@@ -215,11 +224,10 @@ async def fuzz(root: Path, *, messages: int, seed: int) -> FuzzReport:
             tasks.create_task(witness(path, report, stop))
             async with asyncio.TaskGroup() as attackers:
                 for number in range(CONNECTIONS_AT_ONCE):
-                    attackers.create_task(_attack(path, seed * 1000 + number, names, messages, report))
+                    attackers.create_task(_attack(path, report.seed * 1000 + number, names, messages, report))
             stop.set()
         await _settled(service, report)
         report.requests = service.node.counters.requests
-    return report
 
 
 async def _attack(path: str, seed: int, names: list[bytes], messages: int, report: FuzzReport) -> None:

@@ -196,6 +196,8 @@ class Soak:
         self._socket = str(folder / "s")
         self._running: list[Process] = []
         self._service: Process | None = None
+        self._down = False
+        """Between the end of one service and the start of the next."""
         self.report = SoakReport(seed)
 
     async def run(self) -> SoakReport:
@@ -261,6 +263,7 @@ class Soak:
         while True:
             await asyncio.sleep(self._service_seconds)
             assert self._service is not None, "started"
+            self._down = True
             if self._service.returncode is not None:
                 self.report.faults.append(f"the service ended by itself with code {self._service.returncode}")
             elif hard:
@@ -274,6 +277,7 @@ class Soak:
                 self.report.faults.append(f"SIGTERM ended the service with code {code}")
             hard = not hard
             self._service = await self._start_service()
+            self._down = False
 
     async def _watch_memory(self) -> None:
         while True:
@@ -288,6 +292,10 @@ class Soak:
             if process.returncode is None:
                 process.kill()
             await process.wait()
+        if self._down:  # time was up in the middle of a restart
+            assert self._service is not None, "started"
+            await self._service.wait()
+            self._service = await self._start_service()
         try:
             async with ca.connect(self._socket, client="soak end", wait_seconds=START_SECONDS_MAX) as store:
                 await self._all_given_back(store)

@@ -324,6 +324,7 @@ async def test_sigterm_under_load_loses_nothing_that_was_flushed(tmp_path: Path)
         if process.returncode is None:
             process.kill()
             await process.wait()
+        forget_arena(arena)
     async with ca.open_store(tmp_path / "kv", shm_bytes="32MiB", arena=arena + "-b") as embedded:
         for i, name in enumerate(ids):
             async with embedded.get(name) as block:
