@@ -225,6 +225,7 @@ class _Repair:
         await self._storage.sync_directory(self._context.disk.table.root)
         stem = f"{entry.identity.writer.hex()}-{entry.identity.sequence:010d}-{offset}"
         description = {
+            "version": fmt.FORMAT_VERSION,
             "segment": posixpath.relpath(entry.path, self._context.disk.table.root),
             "offset": offset,
             "bytes": nbytes,

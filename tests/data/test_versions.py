@@ -13,7 +13,9 @@ import pytest
 
 import cascade_aio as ca
 from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.config import make_config
 from cascade_aio.segments import format as fmt
+from cascade_aio.store.repairing import repair_root
 from tests.data.golden import GOLDEN, GoldenRoot, SegmentParts, take_apart, unpack
 from tests.data.test_golden import expect_everything, open_golden
 
@@ -133,6 +135,22 @@ async def test_bytes_of_another_place_are_no_refusal(golden: GoldenRoot) -> None
     fmt.seal_page(memoryview(moved))
     with pytest.raises(ca.CorruptionError):
         fmt.decode_record(memoryview(moved), parts.header.identity, path=str(path), offset=start + PAGE_BYTES)
+
+
+async def test_every_small_file_of_this_version_says_so(golden: GoldenRoot) -> None:
+    """Also what repair sets aside, which people read and programs do not."""
+    path = next(path for path in golden.segments() if take_apart(memoryview(path.read_bytes()), "").trailer is not None)
+    content = bytearray(path.read_bytes())
+    content[PAGE_BYTES + 100] ^= 1  # the first record's header
+    path.write_bytes(content)
+    await repair_root(make_config(str(golden.root), io_backend="threads", shm_bytes="4MiB"))
+    small = [
+        *golden.root.glob("quarantine/*.json"),
+        *golden.root.glob("writers/*/writer.json"),
+        golden.root / "cascade.json",
+    ]
+    assert len(small) >= 3
+    assert [json.loads(path.read_text())["version"] for path in small] == [fmt.FORMAT_VERSION] * len(small)
 
 
 def change_json(path: Path, **changes: object) -> None:
