@@ -376,6 +376,17 @@ class Catalog:
             entry.newest_stamp = max(entry.newest_stamp, stamp)
         self._admit_on_disk(row)
 
+    def is_own(self, segment: int) -> bool:
+        """Whether this store's writer, or one it has adopted, wrote the segment."""
+        entry = self.segments.get(segment)
+        return entry is not None and entry.own
+
+    def note_stamp(self, row: int, stamp: int) -> None:
+        """There is a record of ``row`` with this stamp elsewhere: what was deleted before it is there all the same."""
+        location = self.index.location(row)
+        assert location is not None, row
+        self.index.place(row, *location, max(stamp, self.index.stamp(row)))
+
     def _admit_on_disk(self, row: int) -> None:
         """The disk budget is about own segments: dropping what others wrote gives no byte back."""
         policy, location = self.disk_policy, self.index.location(row)

@@ -242,8 +242,10 @@ class StoreContext:
 
         def durable(location: Location) -> None:
             index, row = self.catalog.index, copy.row
-            if row >= 0 and (index.location(row) is None or index.stamp(row) <= stamp):
-                self.catalog.place(row, location, stamp)
+            before = None if row < 0 else index.location(row)
+            # An own record takes the place of another writer's, whatever their stamps: see ``CatalogMerger``.
+            if row >= 0 and (before is None or index.stamp(row) <= stamp or not self.catalog.is_own(before[0])):
+                self.catalog.place(row, location, max(stamp, index.stamp(row)))
                 index.set_flags(row, 0)
             self._written(copy)
 

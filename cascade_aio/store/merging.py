@@ -137,17 +137,38 @@ class CatalogMerger:
         fresh = row < 0
         if fresh:
             row = catalog.index.add(fact.digest, fact.key_bytes, fact.value_bytes)
-        # Of equal stamps the one told last: compaction copies a record with its stamp and then removes the old one.
-        # A record that may yet vanish with its writer never takes the place of a durable one, which would be reclaimed.
-        known = catalog.index.location(row) is not None
-        sure = known and not catalog.index.flags(row) & PROVISIONAL
-        if not known or (fact.stamp >= catalog.index.stamp(row) and not (sure and fact.provisional)):
-            catalog.place(row, fact.location, fact.stamp)
-            catalog.index.set_flags(row, PROVISIONAL if fact.provisional else 0)
+        index = catalog.index
+        sure = index.location(row) is not None and not index.flags(row) & PROVISIONAL
+        stamp = max(fact.stamp, index.stamp(row)) if sure else fact.stamp
+        if self._takes_place(row, fact):
+            catalog.place(row, fact.location, stamp)
+            index.set_flags(row, PROVISIONAL if fact.provisional else 0)
+        elif sure and not fact.provisional:
+            catalog.note_stamp(row, stamp)
         for waiting in self._pending.pop(fact.block_id, ()):
             self._pending_count -= 1
             self._binding(waiting)
         return int(fresh)
+
+    def _takes_place(self, row: int, fact: BlockFact) -> bool:
+        """Whether the record of ``fact`` is the one to be read from now on.
+
+        A record that may yet vanish with its writer never takes the place of a durable one, which would be
+        reclaimed, and always gives way to one. Nor does another writer's take the place of an own one, whatever
+        their stamps: two writers who each held the other's for the one that counts would both reclaim theirs. Of
+        equal stamps the one told last: compaction copies a record with its stamp and then removes the old one.
+        """
+        catalog, index = self._catalog, self._catalog.index
+        location = index.location(row)
+        if location is None:
+            return True
+        provisional = bool(index.flags(row) & PROVISIONAL)
+        if provisional is not fact.provisional:
+            return provisional
+        theirs, ours = catalog.is_own(fact.location.segment), catalog.is_own(location[0])
+        if theirs is not ours:
+            return theirs
+        return fact.stamp >= index.stamp(row)
 
     def _binding(self, name: _Name) -> None:
         if not self.facts.is_live(name.block_id, name.stamp):

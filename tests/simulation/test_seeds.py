@@ -7,6 +7,7 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from cascade_aio.model import compute_block_id
 from cascade_aio.testing.world import World, cancel_others, fail_with, pseudo_bytes, virtual_loop
 
 
@@ -52,6 +53,42 @@ def test_what_an_adopter_found_after_a_failed_sync_survives_the_next_loss_of_pow
         async with store.get(block_id) as block:
             assert bytes(block.value) == pseudo_bytes("value", 60_000)
         assert (await store.verify()).damage == ()
+        await store.aclose()
+
+    run(story)
+
+
+def test_two_writers_who_hold_the_same_block_do_not_both_reclaim_it() -> None:
+    """Seed 219: each took the other's record for the one that counts, and its own for dead."""
+
+    async def story() -> None:
+        world = World(shm_bytes=2 << 20)
+        first, second = await world.open(), await world.open()
+        for number, store in enumerate((first, second)):
+            await store.put(b"%d" % number, pseudo_bytes(f"dead {number}", 300_000))
+        await first.put(b"both", pseudo_bytes("both", 60_000))
+        await first.flush()
+        await second.refresh()  # not known to be durable: the second writes it again, with the same stamp
+        await second.put(b"both", pseudo_bytes("both", 60_000))
+        await second.flush()
+        await first.put(b"more", b"")
+        await first.flush()  # now it is known, and told again
+        await second.refresh()
+        await first.aclose()
+        await second.aclose()
+        stores = [await world.open(), await world.open()]
+        both = compute_block_id(b"both", pseudo_bytes("both", 60_000))
+        for number, store in enumerate(stores):
+            await store.delete(compute_block_id(b"%d" % number, pseudo_bytes(f"dead {number}", 300_000)))
+            await store.flush()
+        for store in stores:
+            await store.refresh()
+        for store in stores:
+            await store.compact()
+        await world.crash()
+        store = await world.open()
+        async with store.get(both) as block:
+            assert bytes(block.value) == pseudo_bytes("both", 60_000)
         await store.aclose()
 
     run(story)
