@@ -119,6 +119,8 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
     written = context.disk.writer.statistics
     if not written.records and not written.notes and context.facts_applied == context.facts_since_checkpoint == 0:
         return  # nothing was learnt that the checkpoint there does not say
+    if any(entry.unreadable for entry in context.disk.table):
+        return  # it would leave out that segment's blocks, and with them their names, which covered segments tell
     if context.facts_refused or context.index_doubtful:
         return  # it would say that what was refused need not be read again
     covers, positions = covers_of(context.disk.table)

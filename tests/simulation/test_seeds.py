@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from cascade_aio.model import compute_block_id
+from cascade_aio.model import compute_block_id, prefix_keys
 from cascade_aio.testing.world import World, cancel_others, fail_with, pseudo_bytes, virtual_loop
 
 
@@ -89,6 +89,41 @@ def test_two_writers_who_hold_the_same_block_do_not_both_reclaim_it() -> None:
         store = await world.open()
         async with store.get(both) as block:
             assert bytes(block.value) == pseudo_bytes("both", 60_000)
+        await store.aclose()
+
+    run(story)
+
+
+def test_names_of_blocks_in_a_segment_that_could_not_be_read_survive_a_checkpoint() -> None:
+    """Seed 627: the checkpoint covered the note with the name, and left out the block."""
+
+    async def story() -> None:
+        world = World(tail_seconds_max=0.5)
+        (name,) = prefix_keys(range(1), block_tokens=1)
+        store = await world.open()
+        block_id = await store.put(b"key", pseudo_bytes("value", 60_000))
+        await store.flush()
+        await store.put(b"more", b"")  # its header says that the first is on stable storage
+        await store.flush()
+        await kill(world)
+
+        class Failing(list[Any]):
+            """Reads of payloads and trailers fail in the first storage that is added."""
+
+            def append(self, storage: Any) -> None:
+                if not self:
+                    storage.hooks.append(fail_with(errno.EIO, "read", path_part=".seg", times=1))
+                super().append(storage)
+
+        world.storages = Failing()
+        store = await world.open()
+        assert any(entry.unreadable for entry in store._context.disk.table)
+        assert await store.put(b"key", pseudo_bytes("value", 60_000), prefix=name) == block_id
+        await store.aclose()
+        world.storages = []
+        store = await world.open()
+        assert block_id in store
+        assert name in store
         await store.aclose()
 
     run(story)
