@@ -132,9 +132,9 @@ class Client:
         elif isinstance(error, ClosedError):
             allowed = process.closing or process.store is None
         elif isinstance(error, OSError):
-            allowed = process.recent(*_READ_FAULTS, within_s=WEATHER_S_MAX + 1) or process.recent(
-                *_READ_FAULTS, "stuck", within_s=STUCK_S[1] + 1
-            )
+            # A compaction writes; whatever else raises this has read. A request is stuck for so long at most.
+            causes = (*_READ_FAULTS, *_WRITE_FAULTS) if step.kind == "compact" else _READ_FAULTS
+            allowed = process.recent(*causes, within_s=STUCK_S[1] + WEATHER_S_MAX)
         else:
             allowed = False
         if not allowed:
@@ -197,7 +197,7 @@ class Client:
         if not needed or not self.must(life, target):
             return
         world = self._world
-        if life.shaken:
+        if life.shaken or self._is_blind(life, target, why):
             return
         blocks = self._oracle.candidates(target.name) if target.shared and target.name is not None else {target.block}
         hurt = {block for block in blocks if world.injuries.of_block(block)}
@@ -213,12 +213,28 @@ class Client:
         ):
             world.met("miss", process)
             return
-        if self._oracle.evictions_seen < world.evicted_so_far():
-            for block in blocks:
-                self._oracle.evictions_seen += 1
-                self._oracle.give_up(block)
+        evicted = world.evicted_so_far()
+        if target.shared and evicted:
+            return  # which of its blocks was evicted is not told
+        if self._oracle.evictions_seen < evicted:
+            self._oracle.evictions_seen += 1
+            self._oracle.give_up(target.block)
             return
         raise BrokenPromise(2, f"{target} is missing in life {life.number}: {why}")
+
+    def _is_blind(self, life: Life, target: Target, why: str) -> bool:
+        """Whether only open segments of others can have it, of which nothing can be told (see ``oracle``)."""
+        blocks = {target.block}
+        if target.shared and target.name is not None:
+            blocks = self._oracle.candidates(target.name)
+        puts = [put for block in blocks for put in self._oracle.puts[block] if put.stored is True and not put.void]
+        if any(put.life is life and put.firm for put in puts):
+            return False
+        if len(self._world.processes) > 1 and self._world.injuries.found:
+            return True
+        if "not on stable storage when it was seen" in why and not all(put.durable for put in puts):
+            life.blind.update(dict.fromkeys(blocks, life.heard))
+        return any(life.blind.get(block) == life.heard for block in blocks)
 
     # -- writing -------------------------------------------------------------------------------
 

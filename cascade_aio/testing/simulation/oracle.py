@@ -26,6 +26,10 @@ What is exempt, and why:
   that a crash cut short (FORMAT.md, Recovery 3: behind the last sync that a later header speaks of).
 * Another writer that removed segments since our last look: what was moved is a miss until the next look, because
   nothing tells a reader (FORMAT.md, Who may write what).
+* Of several records of a block in open segments of others, one that its writer never finished may be the one that
+  is known: then the block is a miss until the next look, which tells the others again.
+* A look stops at a hole in an open segment of another writer: where the medium has made one, what others put may
+  be missing until that segment is sealed.
 * A name put under several blocks resolves to one of them: first writer wins, by stamps that clients do not see.
   After a deletion of any of them it may resolve to nothing: rivals that lost are not remembered.
 * Errors are allowed where their cause was injected: see ``actors``.
@@ -64,6 +68,9 @@ class Life:
     """Removals by other lives so far."""
     removals_heard: int = 0
     """How many of them the last look that counts has taken in."""
+
+    blind: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Blocks that it has forgotten after a record of them came to nothing, with ``heard`` of that moment."""
 
     @property
     def shaken(self) -> bool:

@@ -210,7 +210,8 @@ class _Run:
         assert life is not None
         assert store is not None
         self._world.counts["opened"] += 1
-        if counts and self._plan.single and len(self._oracle.lives) > 1:
+        made_durable = counts and process.write_faults == process.write_faults_before_opening
+        if made_durable and self._plan.single and len(self._oracle.lives) > 1:
             present = {block for block in self._oracle.puts if content(block).block_id in store}
             self._judge.look_at_all(process, life, store)
             self._oracle.settle(life, present)

@@ -100,6 +100,7 @@ class Process:
         """Leases that clients of it hold or are about to get."""
         self.read_faults = 0
         self.write_faults = 0
+        self.write_faults_before_opening = 0
 
     # -- what happens to its requests
 
@@ -214,6 +215,7 @@ class Process:
         storage = self.storage = world.new_storage(self, limits)
         platform = Platform(storage, MemoryEngine(), self.clock)
         token, faults = world.oracle.look_begins(life), self.read_faults
+        self.write_faults_before_opening = self.write_faults
         world.log("open", self.slot, life.number)
         task = self.spawn(open_with(config, platform=platform, arena=PrivateArena(config.shm_bytes)))
         await asyncio.wait((task,))
