@@ -168,6 +168,11 @@ class TransferEngine(abc.ABC):
         """Whether ``aclose`` has begun its last step: nothing is in flight any more."""
         return self._closed
 
+    @property
+    def transfers_in_progress(self) -> int:
+        """Reads, writes and syncs that somebody waits for."""
+        return len(self._transfers)
+
     def statistics(self) -> dict[str, object]:
         """Counters since opening; ``requests_in_flight``, ``bytes_in_flight`` and ``queued`` are of now."""
         batches = self._counts["batches"]

@@ -51,6 +51,7 @@ class PosixStorage:
         self._temporary = itertools.count()
         self._closed = False
         self._calls = 0  # in worker threads now
+        self._calls_made = 0
         self._idle = asyncio.Event()
         self._opened = {"direct": 0, "buffered": 0, "not_preallocated": 0}
 
@@ -165,13 +166,22 @@ class PosixStorage:
 
     def statistics(self) -> dict[str, object]:
         """The engine's, and how files were opened: ``direct``, ``buffered`` (O_DIRECT refused),
-        ``not_preallocated`` (no fallocate). ``notes`` are reasons with cures."""
+        ``not_preallocated`` (no fallocate); ``in_progress``: calls and transfers that have not ended.
+        ``notes`` are reasons with cures."""
         notes = list(self._notes)
         if self._opened["buffered"]:
             notes.append("buffered: a file system refused O_DIRECT; bytes pass the page cache, syncs use fdatasync")
         if self._opened["not_preallocated"]:
             notes.append("not preallocated: a file system has no fallocate; a full disk shows up only when written")
-        return {**self._engine.statistics(), **self._opened, "open_files": len(self._files), "notes": notes}
+        engine = self._engine.statistics()
+        return {
+            **engine,
+            **self._opened,
+            "calls": self._calls_made,
+            "in_progress": self._calls + self._engine.transfers_in_progress,
+            "open_files": len(self._files),
+            "notes": notes,
+        }
 
     def abandon(self) -> None:
         """See ``abc.Storage``. A call that ends after all may leave a descriptor open, or an empty segment behind."""
@@ -252,6 +262,7 @@ class PosixStorage:
         """``undo`` for calls that hand out a descriptor, which a cancelled caller never sees."""
         self._check_open()
         self._calls += 1
+        self._calls_made += 1
         try:
             return await call_with_undo(self._executor, function, undo)
         finally:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from cascade_aio.errors import ClosedError, TierStalledError
 from cascade_aio.store.context import StoreContext
+from cascade_aio.tiers.stalls import in_progress
 
 
 async def close_store(context: StoreContext) -> None:
@@ -41,19 +42,19 @@ async def _run_unless_stuck(context: StoreContext) -> None:
     closing = asyncio.ensure_future(run_all(context.closers))
     cancelled: asyncio.CancelledError | None = None
     abandoned = False
-    progress = storage.statistics()
+    before = in_progress(storage)
     while not closing.done():
         try:
             await asyncio.wait((closing,), timeout=context.config.stall_seconds_max)
         except asyncio.CancelledError as error:
             cancelled = error
             continue
-        if not closing.done() and storage.statistics() == progress:
+        if not closing.done() and before is not None and in_progress(storage) == before:
             abandoned = True
             storage.abandon()
             if context.publisher is not None:
                 context.publisher.discard_arena()
-        progress = storage.statistics()
+        before = in_progress(storage)
     if abandoned:
         raise TierStalledError(
             f"the storage of {context.config.root} did not answer for {context.config.stall_seconds_max:g} s while "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from copy import copy as copied
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import StoreConfig
 from cascade_aio.core.lifecycle import CopyEvent, CopyState, advance
-from cascade_aio.errors import CascadeError, ClosedError, ConfigError, CorruptionError, InternalError
+from cascade_aio.errors import CascadeError, ClosedError, ConfigError, CorruptionError, InternalError, TierStalledError
 from cascade_aio.segments.facts import Location
 from cascade_aio.segments.format import Binding, bindings_room
 from cascade_aio.segments.pending import PendingRecord
@@ -28,6 +29,7 @@ from cascade_aio.store.publishing import Publisher, RewarmReport
 from cascade_aio.store.room import ArenaRoom
 from cascade_aio.tiers.disk import DiskTier
 from cascade_aio.tiers.shm import ShmTier
+from cascade_aio.tiers.stalls import in_progress
 
 if TYPE_CHECKING:
     from cascade_aio.store.adopting import Adopter
@@ -89,10 +91,19 @@ class TaskScope:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._on_failure(error)
 
-    async def run(self, work: Coroutine[Any, Any, _T], ended: Callable[[], Exception]) -> _T:
+    async def run(
+        self,
+        work: Coroutine[Any, Any, _T],
+        ended: Callable[[], Exception],
+        *,
+        progress: Callable[[], object],
+        patience_s: float,
+        stuck: Callable[[], Exception],
+    ) -> _T:
         """Run a caller's ``work`` to its end; raises ``ended()`` if this scope closes first.
 
-        A cancelled caller cancels the work and waits for its end.
+        A cancelled caller cancels the work and waits for its end. Where ``progress()`` stays the same, and
+        not ``None``, for ``patience_s``, the caller is let go with ``stuck()``, and the scope is left to wait.
         """
         outcome: list[_T | BaseException] = []
 
@@ -106,12 +117,18 @@ class TaskScope:
 
         task = self.spawn(record(), name="cascade-call")
         cancelled: asyncio.CancelledError | None = None
+        before = progress()
         while not task.done():
             try:
-                await asyncio.wait((task,))
+                await asyncio.wait((task,), timeout=patience_s)
             except asyncio.CancelledError as error:
                 cancelled = error
                 task.cancel()
+                continue
+            if not task.done() and before is not None and progress() == before:
+                task.cancel()
+                raise cancelled or stuck()
+            before = progress()
         work.close()  # a task that was cancelled before its first step has not begun it
         if cancelled is not None:
             raise cancelled
@@ -192,8 +209,16 @@ class StoreContext:
 
     async def while_open(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Run ``work``, which reads files, unless the store is closed before its end: then ``ClosedError``."""
+        root, patience_s = self.config.root, self.config.stall_seconds_max
         return await self.tasks.run(
-            work, lambda: ClosedError(f"the store on {self.config.root} was closed during the call")
+            work,
+            lambda: ClosedError(f"the store on {root} was closed during the call"),
+            progress=functools.partial(in_progress, self.platform.storage),
+            patience_s=patience_s,
+            stuck=lambda: TierStalledError(
+                f"the storage of {root} has not answered for {patience_s:g} s: check the device or the file system's "
+                "servers; the call may be made again"
+            ),
         )
 
     def check(self) -> None:

@@ -636,7 +636,7 @@ class MemoryStorage:
         """Nothing to do: bytes are copied by Python."""
 
     def statistics(self) -> dict[str, object]:
-        return {"backend": "memory", "operations": dict(self.counts)}
+        return {"backend": "memory", "operations": dict(self.counts), "in_progress": self._active}
 
     async def aclose(self) -> None:
         """Waits for operations in progress, as the protocol says; a frozen process has none that ends."""

@@ -75,6 +75,15 @@ class StallWatch:
             self._timer.cancel()
 
 
+def in_progress(storage: Storage) -> object:
+    """What ``storage`` has done so far, while it is doing something; ``None`` while it is not.
+
+    The same answer twice, and not ``None``: nothing has ended or begun meanwhile.
+    """
+    figures = storage.statistics()
+    return figures if figures["in_progress"] else None
+
+
 def watched(storage: Storage, watch: StallWatch) -> Storage:
     """``storage``, with every call of it watched."""
     return cast(Storage, _Watched(storage, watch))

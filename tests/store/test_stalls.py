@@ -249,3 +249,29 @@ def test_a_slow_but_working_storage_is_not_given_up_at_the_end() -> None:
         await cancel_others()
 
     run(story)
+
+
+@pytest.mark.parametrize("call", ["refresh", "verify", "adopt"])
+def test_calls_that_look_at_files_end_in_time_and_work_later(call: str) -> None:
+    async def story() -> None:
+        world = World(stall_seconds_max=3.0)
+        store, ids, storage = await reopened(world)
+        storage.stall()
+        begun = now()
+        with pytest.raises(ca.TierStalledError, match="may be made again"):
+            await getattr(store, call)()
+        assert now() - begun < 7
+        impatient = asyncio.ensure_future(getattr(store, call)())
+        await asyncio.sleep(0.1)
+        impatient.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await impatient
+        assert now() - begun < 14
+        storage.resume()
+        await asyncio.sleep(0.1)
+        await getattr(store, call)()
+        await expect(store, ids)
+        check_idle(store)
+        await store.aclose()
+
+    run(story)
