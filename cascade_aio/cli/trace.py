@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.table import Table
 from cascade_aio.cli.options import Json
 from cascade_aio.cli.output import UsageError, err, out, print_json
 from cascade_aio.cli.trace_figure import draw
-from cascade_aio.cli.trace_files import read_trace
+from cascade_aio.cli.trace_files import CHAT_BLOCK_TOKENS, load_tokenizer, read_trace
 from cascade_aio.cli.trace_mix import MixPlan, mixed_trace
 from cascade_aio.core.contest import OPTIMUM, OURS, POLICIES, REFERENCE, SHARES, SIMPLE, Score, gap_closed, sweep
 from cascade_aio.core.replay import ReplayTrace
@@ -42,6 +43,12 @@ def trace(
     ] = DEFAULT_CAPACITIES,
     unit: Annotated[str, typer.Option(help="Print hit rates of blocks, tokens or bytes.")] = "blocks",
     limit: Annotated[int | None, typer.Option(min=1, help="Requests to take from each trace.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A tokenizer.json for chat logs; without one, by bytes.")
+    ] = None,
+    block_tokens: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Tokens per block of a chat log (4 bytes stand in for one).")
+    ] = CHAT_BLOCK_TOKENS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the generated mix.")] = 0,
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw hit rate against capacity, such as out.png.")
@@ -59,7 +66,9 @@ def trace(
         raise UsageError(f"--unit {unit} is none of {', '.join(UNITS)}")
     if not shares:
         raise UsageError("--capacities names none; give shares such as 1%,5%")
-    traces = [read_trace(path, limit=limit) for path in files or ()] or [mixed_trace(MixPlan(seed=seed))]
+    encode = None if tokenizer is None else load_tokenizer(tokenizer)
+    read = functools.partial(read_trace, limit=limit, encode=encode, block_tokens=block_tokens)
+    traces = [read(path) for path in files or ()] or [mixed_trace(MixPlan(seed=seed))]
     results: list[tuple[ReplayTrace, _Timed]] = []
     for requests in traces:
         results.append((requests, _replay(requests, names, shares)))

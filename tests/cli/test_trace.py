@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cascade_aio.cli.app import app
-from cascade_aio.cli.trace_files import CHAT_BLOCK_BYTES, read_trace
+from cascade_aio.cli.trace_files import CHAT_BLOCK_TOKENS, CHAT_TOKEN_BYTES, load_tokenizer, read_trace
 from cascade_aio.cli.trace_mix import MixPlan, mixed_trace
 from cascade_aio.errors import ConfigError
 
+CHAT_BLOCK_BYTES = CHAT_BLOCK_TOKENS * CHAT_TOKEN_BYTES
 SYSTEM = {"role": "system", "content": "s" * 3 * CHAT_BLOCK_BYTES}
 
 
@@ -80,7 +81,8 @@ def test_chat_log_turns_share_their_prefix(tmp_path: Path) -> None:
         ("not json", "line 1: not a request"),
         ('{"prompt": 1}', "neither hash_ids nor messages"),
         ('{"hash_ids": [1], "input_length": -5}', "must not be negative"),
-        ("", "no request with a block"),
+        ("", "no request with a full block"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "are its prompts shorter"),
     ],
 )
 def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -88,6 +90,31 @@ def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: str, message: 
     path.write_text(line + "\n")
     with pytest.raises(ConfigError, match=message):
         read_trace(path)
+
+
+def test_a_chat_log_by_tokens(tmp_path: Path) -> None:
+    """Words as tokens: blocks of four of them, whatever they weigh in bytes; the last one is not full."""
+    path = tmp_path / "chat.jsonl"
+    texts = ["a b c d e f g h i", "a b c d e f g h changed and longer than before"]
+    lines = [json.dumps({"messages": [{"role": "user", "content": f" {text}"}]}) for text in texts]
+    path.write_text("\n".join(lines))
+    vocabulary: dict[str, int] = {}
+    trace = read_trace(
+        path,
+        encode=lambda text: [vocabulary.setdefault(word, len(vocabulary)) for word in text.split()],
+        block_tokens=4,
+    )
+    assert [len(chain) for chain in trace.chains] == [2, 3]
+    assert trace.chains[0][0] == trace.chains[1][0]
+    assert trace.chains[0][1] == trace.chains[1][1]
+    assert set(trace.tokens) == {4}
+
+
+def test_a_tokenizer_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        load_tokenizer(path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
