@@ -1,8 +1,8 @@
 """Opening a root whose writers were killed, and comparing everything in it with what they had promised.
 
 As many stores are opened at once as there are directories of dead writers, and race to adopt them. One of them then
-reads every block and every name; a last one must find nothing left to recover. What it must not know: how the
-writers died.
+reads every block and every name; after they are closed another one finds the same, and nothing left to recover. What
+it must not know: how the writers died.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import cascade_aio as ca
 from cascade_aio.config import MIB
-from cascade_aio.segments.layout import WRITERS
+from cascade_aio.segments.layout import CHECKPOINT_FILE, WRITERS
 from cascade_aio.testing.crashes.figures import CampaignError, Figures
 from cascade_aio.testing.crashes.model import (
     BLOCK_BYTES_MAX,
@@ -51,6 +51,7 @@ class RootCheck:
         segment_bytes: int,
         io_backend: str,
         disk_bytes: int | None,
+        keep_checkpoints: bool,
     ) -> None:
         self.state: dict[int, frozenset[int]] = {}
         self._adopters = 1
@@ -60,11 +61,11 @@ class RootCheck:
         self._segment_bytes = segment_bytes
         self._io_backend = io_backend
         self._disk_bytes = disk_bytes
+        self._keep_checkpoints = keep_checkpoints
 
     def run(self, oracles: Sequence[Oracle], *, reader_lives: bool) -> None:
         """Open, compare, close, look for leftovers. Raises ``CampaignError``."""
-        directories = len(list(self._root.glob(f"{WRITERS}/*")))
-        self._adopters = directories - reader_lives
+        self._adopters = len(list(self._root.glob(f"{WRITERS}/*"))) - reader_lives
         descriptors = len(os.listdir("/proc/self/fd"))
         try:
             asyncio.run(self._run(oracles))
@@ -81,23 +82,34 @@ class RootCheck:
         self._figures.checks += 1
 
     async def _run(self, oracles: Sequence[Oracle]) -> None:
-        async with asyncio.timeout(CHECK_SECONDS_MAX), contextlib.AsyncExitStack() as stack:
-            opening = [
-                stack.enter_async_context(self._open(arena_of(n))) for n in range(max(self._adopters, len(oracles)))
-            ]
-            stores = await asyncio.gather(*opening)
-            await self._adopt(stores)
-            self._check_recovery(stores)
-            store = stores[0]
-            await store.refresh()
-            await self._check_blocks(store, oracles)
-            await self._check_damage(store)
-            async with self._open("last") as last:
-                recovery = last.statistics()["disk"]["recovery"]
-                if recovery["scanned"] or recovery["unreadable"]:
-                    raise CampaignError("error", f"the next opening still scans: {recovery}")
-                if self._disk_bytes is None and len(last) != len(store):
-                    raise CampaignError("lost", f"the next opening finds {len(last)} blocks, not {len(store)}")
+        async with asyncio.timeout(CHECK_SECONDS_MAX):
+            async with contextlib.AsyncExitStack() as stack:
+                opening = [
+                    stack.enter_async_context(self._open(arena_of(n))) for n in range(max(self._adopters, len(oracles)))
+                ]
+                stores = await asyncio.gather(*opening)
+                await self._adopt(stores)
+                self._check_recovery(stores)
+                store = stores[0]
+                await store.refresh()
+                await self._check_blocks(store, oracles)
+                await self._check_damage(store)
+                known = {info.block_id for info in store.blocks()}
+            await self._open_again(known)
+
+    async def _open_again(self, known: set[ca.BlockId]) -> None:
+        """All are closed: nothing is left to recover, and the next one finds the same, with checkpoints or without."""
+        for checkpoint in self._root.glob(f"{WRITERS}/*/{CHECKPOINT_FILE}"):
+            if not self._keep_checkpoints:
+                checkpoint.unlink()
+        async with self._open("last") as last:
+            recovery = last.statistics()["disk"]["recovery"]
+            if recovery["scanned"] or recovery["unreadable"]:
+                raise CampaignError("error", f"the next opening still scans: {recovery}")
+            found = {info.block_id for info in last.blocks()}
+            if self._disk_bytes is None and found != known:
+                told = f"missing {sorted(known - found)}, new {sorted(found - known)}"
+                raise CampaignError("lost" if known - found else "resurrected", f"the next opening differs: {told}")
 
     def _open(self, arena: str) -> Any:
         return ca.open_store(
