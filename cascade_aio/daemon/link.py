@@ -24,8 +24,9 @@ from cascade_aio.daemon.place import peer_of
 from cascade_aio.errors import ProtocolError, ServiceUnavailableError
 from cascade_aio.tiers.view import DirectoryView, map_arena
 
-POPULATE_BYTES_MAX = 4 << 20
-"""A reservation up to this size is mapped with its pages present: 0.1 ms per MiB on the loop, and no page faults."""
+POPULATE_BYTES_MAX = 8 << 20
+"""Memory of a reservation up to this size is mapped with its pages present: 0.06 ms per MiB on the loop, instead
+of 0.4 ms per MiB of page faults while it is filled."""
 
 
 class ConnectionLostError(ServiceUnavailableError):
@@ -137,6 +138,7 @@ class Link(asyncio.Protocol):
 
     def map_writable(self, offset: int, nbytes: int) -> memoryview:
         """Memory of a reservation; unmapped with its last view. Raises ``ConnectionLostError``, ``OSError``."""
+        assert nbytes > 0, "mmap takes 0 for the whole file"
         if self._writable_fd < 0:
             raise self._gone()
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if nbytes <= POPULATE_BYTES_MAX else 0)
