@@ -81,6 +81,8 @@ class Examination:
     unreadable: list[CorruptionError] = dataclasses.field(default_factory=list)
     inconsistent: list[Inconsistency] = dataclasses.field(default_factory=list)
     cut: int | None = None
+    end: int = 0
+    """Where the records ended that were walked over: a segment that is being written grows meanwhile."""
     alien: bool = False
     """The file is a segment of another store or writer."""
 
@@ -88,7 +90,7 @@ class Examination:
         """Whether this place has been reported already, or was not looked at."""
         if self.cut is not None and offset >= self.cut:
             return True
-        if offset >= self.entry.data_end or any(start <= offset < start + nbytes for start, nbytes, _, _ in self.wrong):
+        if offset >= self.end or any(start <= offset < start + nbytes for start, nbytes, _, _ in self.wrong):
             return True
         return bool(self.unreadable)
 
@@ -175,7 +177,9 @@ class Verifier:
         """Every record, and with them the tables that the footer has to be."""
         context, entry = self.context, found.entry
         storage, engine = context.platform.storage, context.platform.engine
-        end, size = entry.data_end, await storage.size(file)
+        sealed = entry.sealed  # one that is sealed meanwhile had another size, and no footer
+        size = await storage.size(file)
+        found.end = end = entry.data_end
         if size < min(end, entry.firm_end):
             found.cut = end = size // PAGE_BYTES * PAGE_BYTES
             self._note_lost(entry, size, min(entry.data_end, entry.firm_end) - size, CUT)
@@ -198,7 +202,7 @@ class Verifier:
                     found.records[item.offset // PAGE_BYTES] = header.digest[:BLOCK_ID_BYTES]
                     found.bytes += header.key_bytes + header.value_bytes
                 self._progress.advance(nbytes)
-        if entry.sealed and found.cut is None and not found.unreadable:
+        if sealed and found.cut is None and not found.unreadable:
             await self._check_footer(file, found, tables, size)
 
     async def _check_footer(self, file: File, found: Examination, tables: FooterTables, size: int) -> None:

@@ -127,3 +127,27 @@ def test_names_of_blocks_in_a_segment_that_could_not_be_read_survive_a_checkpoin
         await store.aclose()
 
     run(story)
+
+
+def test_verify_does_not_doubt_what_is_written_while_it_reads() -> None:
+    """Seed 804: a segment that grew during the walk was called inconsistent, and its newest blocks were forgotten."""
+
+    async def story() -> None:
+        world = World()
+        store = await world.open()
+        await store.put(b"first", pseudo_bytes("first", 60_000))
+        await store.flush()
+        slow = [asyncio.sleep(1.0)]
+        world.storage.hooks.append(
+            lambda operation: slow.pop() if slow and operation.name == "read" and not operation.after else None
+        )
+        verifying = asyncio.ensure_future(store.verify())
+        await asyncio.sleep(0.5)
+        assert not slow
+        block_id = await store.put(b"second", pseudo_bytes("second", 60_000))
+        await store.flush()
+        assert (await verifying).clean
+        assert block_id in store
+        await store.aclose()
+
+    run(story)
