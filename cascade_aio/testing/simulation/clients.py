@@ -5,6 +5,7 @@ before and after: a promise is broken only if it held the whole time. Errors are
 
 * ``OSError``: a read, call or sync of this process failed, or met a bad sector, within the time a request may take.
 * ``TierFullError``: writes of this process fail, are slow or find no room; or leases hold the arena, which is small.
+* ``TierStalledError``: a request of this process is stuck, or was until just now.
 * ``BrokenTierError``: writes or syncs of this process failed.
 * ``CorruptionError``: names a file and place that the medium has damaged, and only there.
 * ``ClosedError``: the store was being closed.
@@ -26,6 +27,7 @@ from cascade_aio.errors import (
     ClosedError,
     CorruptionError,
     TierFullError,
+    TierStalledError,
 )
 from cascade_aio.model import PrefixKey
 from cascade_aio.store.block import Block
@@ -127,6 +129,8 @@ class Client:
             return
         if isinstance(error, TierFullError):
             allowed = self._may_be_full(process)
+        elif isinstance(error, TierStalledError):
+            allowed = process.recent("stuck", within_s=STUCK_S[1] + 1)
         elif isinstance(error, BrokenTierError):
             allowed = process.write_faults > 0
         elif isinstance(error, ClosedError):
@@ -208,7 +212,7 @@ class Client:
                 world.missed_after_injury.add(block)
             world.met("missed, reported", process)
             return
-        if "read_seconds_max" in why and (
+        if ("read_seconds_max" in why or "has not answered" in why) and (
             process.recent("slow", "stuck", within_s=STUCK_S[1]) or self._may_be_full(process)
         ):
             world.met("miss", process)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 import async_solipsism
@@ -73,6 +73,19 @@ class SimulationLoop(async_solipsism.EventLoop):  # type: ignore[misc]
 
     def create_future(self) -> asyncio.Future[Any]:
         return NumberedFuture(loop=self)
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """As always, but never for less than a tick from now: such a wait would end without time having passed."""
+        now_s = self.time()
+        due_s = max(when, now_s + self._clock_resolution) if when > now_s else when
+        timer: asyncio.TimerHandle = super().call_at(due_s, callback, *args, context=context)
+        return timer
 
     def _run_once(self) -> None:
         self.turns += 1

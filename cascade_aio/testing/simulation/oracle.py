@@ -7,10 +7,11 @@ nothing. An event is *durable* once a later flush of its life came back, or a cl
 durable, or its life has ended: what that has left by then is all there will ever be. A life *knows* its own events,
 and those that were durable before its last look began; of those decided by then it knows whether they are there.
 
-A block **must** be there for a life that knows a put of it, unless some deletion may cover that put; it **must not**
-be there if every put of it that may have stored something is covered for certain by a deletion that the life knows,
-or cannot have reached the life. A deletion *may cover* a put unless the put's life knew what became of it; it covers it
-*for certain* if the put had ended before, and in the same life, or known to it, or with clocks that agree.
+A block **must** be there for a life that knows a put of it, unless some deletion may cover that put. It **must not**
+be there if every put of it that may have stored something is covered for certain by a deletion that the life knows.
+(What a life does not have to know it may have heard of all the same: compaction and adoption look, too.) A deletion
+*may cover* a put unless the put's life knew what became of it; it covers it *for certain* if the put had ended before,
+and in the same life, or known to it, or with clocks that agree.
 
 What is exempt, and why:
 
@@ -60,10 +61,6 @@ class Life:
     ended: int = 0
     heard: int = 0
     """When the last look that counts began."""
-    looked: int = 0
-    """When the last look of any kind ended."""
-    looking: int = 0
-    """Looks under way."""
     removals: int = 0
     """Removals by other lives so far."""
     removals_heard: int = 0
@@ -138,14 +135,11 @@ class Oracle:
 
     def look_begins(self, life: Life) -> tuple[int, int]:
         """A token for ``look_ends``."""
-        life.looking += 1
         return self.now(), life.removals
 
     def look_ends(self, life: Life, token: tuple[int, int], *, counts: bool) -> bool:
         """``counts``: it ended well and no read failed in it. Whether it counts after all."""
         began, removals = token
-        life.looking -= 1
-        life.looked = self.now()
         counts = counts and life.removals == removals
         if counts and began > life.heard:
             life.heard, life.removals_heard = began, removals
@@ -206,9 +200,6 @@ class Oracle:
             return bool(event.ended)
         return bool(event.durable) and event.durable < life.heard
 
-    def _may_know(self, life: Life, event: _Event) -> bool:
-        return event.life is life or life.looking > 0 or event.began < life.looked
-
     def _is_newer(self, put: Put, delete: Delete) -> bool:
         """The put's life knew of the deletion: its record cannot be covered."""
         if delete.life is put.life:
@@ -223,10 +214,9 @@ class Oracle:
             return True
         return bool(put.decided) and put.decided < delete.heard
 
-    def _safe(self, life: Life, put: Put) -> bool:
+    def _safe(self, put: Put) -> bool:
         return not any(
-            not delete.void and self._may_know(life, delete) and not self._is_newer(put, delete)
-            for delete in self.deletes.get(put.block, ())
+            not delete.void and not self._is_newer(put, delete) for delete in self.deletes.get(put.block, ())
         )
 
     def must_see(self, life: Life, block: int, name: int | None = None) -> bool:
@@ -237,7 +227,7 @@ class Oracle:
             and not put.void
             and (name is None or put.name == name)
             and self._knows(life, put)
-            and self._safe(life, put)
+            and self._safe(put)
             for put in self.puts.get(block, ())
         )
 
@@ -246,7 +236,6 @@ class Oracle:
         return all(
             put.void
             or (name is not None and put.name != name)
-            or not self._may_know(life, put)
             or any(
                 not delete.void and delete.sound and self._knows(life, delete) and self._covers(delete, put)
                 for delete in self.deletes.get(block, ())
