@@ -166,7 +166,9 @@ class SimulatedStorage(MemoryStorage):
         return lock
 
     def statistics(self) -> dict[str, object]:
-        return self.engine.statistics()
+        calls = super().statistics()
+        in_progress = self._active + self.engine.transfers_in_progress
+        return {**calls, **self.engine.statistics(), "in_progress": in_progress}
 
     async def aclose(self) -> None:
         with contextlib.suppress(ClosedError):
