@@ -170,15 +170,16 @@ class Recovery:
                 await self._table.forget(entry.number)
                 yield VanishedFact(entry.number)
 
-    async def facts_of(self, number: int) -> AsyncIterator[Fact]:
+    async def facts_of(self, number: int, *, search_bytes: int | None = None) -> AsyncIterator[Fact]:
         """Everything a sealed segment says, once more and from its start: before it is removed.
 
         Of damage only what its sealer knew is told. Raises ``OSError`` if not all of it can be read,
         ``CorruptionError`` if it is damaged otherwise: it is not to be removed then, because it may say more.
+        ``search_bytes``: how far behind the end of what is known for more; of the segment being written, 0.
         """
         entry = dataclasses.replace(self._table[number], scanned_bytes=0, unreadable=False)
         recovery = SegmentRecovery(self._storage, self._engine, self._table, entry, self._root.store, RecoveryReport())
-        async for fact in recovery.facts(adopt=False, search_bytes=None):
+        async for fact in recovery.facts(adopt=False, search_bytes=search_bytes):
             if isinstance(fact, DamageFact):
                 if fact.reason == SEALED_DAMAGE:
                     yield fact  # reported at every opening; nothing comes of it any more

@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cascade_aio.errors import CorruptionError
 from cascade_aio.model import BLOCK_ID_BYTES
@@ -160,25 +160,25 @@ class Compactor:
         """Which victims go, and what of them has to be kept: records, names, tombstones."""
         chosen: list[SegmentEntry] = []
         items: list[Item] = []
-        notes = Notes()
-        names: list[fmt.NoteBinding] = []
+        names: dict[tuple[bytes, bytes], fmt.NoteBinding] = {}
         tombstones: dict[bytes, int] = {}
         for victim in victims:
-            found = await self.read_notes(victim)
-            if found is None:
+            notes = await self.read_notes(victim)
+            if notes is None:
                 continue
             more = await self._items(victim)
-            both = Notes([*notes.bindings, *found.bindings], _merged(notes.tombstones, found.tombstones))
-            going = [*chosen, victim]
-            kept_names = self._names(both, [*items, *more])
-            kept_tombstones = self._tombstones(both, going)
-            if capacity_for([*items, *more], len(kept_names), len(kept_tombstones)) > capacity_max:
+            more_names = await self._names(notes.bindings, more)
+            counts = len(names) + len(more_names), len(tombstones) + len(notes.tombstones)
+            if capacity_for([*items, *more], *counts) > capacity_max:
                 if not chosen:
                     self._set_aside(victim, CorruptionError("what is needed of it fills more than a segment"))
                 continue
-            chosen, notes, names, tombstones = going, both, kept_names, kept_tombstones
+            chosen.append(victim)
             items += more
-        return chosen, items, names, tombstones
+            names |= more_names
+            for block_id, stamp in notes.tombstones.items():
+                tombstones[block_id] = max(stamp, tombstones.get(block_id, 0))
+        return chosen, items, list(names.values()), await self._tombstones(tombstones, chosen)
 
     async def _items(self, victim: SegmentEntry) -> list[Item]:
         catalog = self._context.catalog
@@ -196,25 +196,31 @@ class Compactor:
             items.append(Item(Location(*location), nbytes, index.digest(row), *index.lengths(row), names))
         return items
 
-    def _names(self, notes: Notes, items: Sequence[Item]) -> list[fmt.NoteBinding]:
+    async def _names(
+        self, bindings: Sequence[BindingFact], items: Sequence[Item]
+    ) -> dict[tuple[bytes, bytes], fmt.NoteBinding]:
         """Names of blocks that live elsewhere."""
         index, live = self._context.catalog.index, self._context.merger.facts.is_live
         moved = {item.digest[:BLOCK_ID_BYTES] for item in items}
         kept: dict[tuple[bytes, bytes], fmt.NoteBinding] = {}
-        for fact in notes.bindings:
+        for count, fact in enumerate(bindings):
+            if count and not count % STEP_FACTS:
+                await asyncio.sleep(0)
             row = index.find(fact.block_id)
             if row < 0 or fact.block_id in moved or index.find_prefix(fact.key) != row:
                 continue
             if live(fact.block_id, fact.stamp):
                 kept[fact.block_id, fact.key] = fmt.NoteBinding(fact.block_id, fact.key, fact.parent, fact.stamp)
-        return list(kept.values())
+        return kept
 
-    def _tombstones(self, notes: Notes, victims: Sequence[SegmentEntry]) -> dict[bytes, int]:
+    async def _tombstones(self, found: Mapping[bytes, int], victims: Sequence[SegmentEntry]) -> dict[bytes, int]:
         """Deletions that still matter and are in no other segment of ours, as the newest known of their block."""
         table, facts = self._context.disk.table, self._context.merger.facts
         going = {entry.number for entry in victims}
         kept: dict[bytes, int] = {}
-        for block_id, stamp in notes.tombstones.items():
+        for count, (block_id, stamp) in enumerate(found.items()):
+            if count and not count % STEP_FACTS:
+                await asyncio.sleep(0)
             if not self._judge.is_needed(block_id, stamp):
                 continue
             at, home = self._homes.get(block_id, (-1, -1))
@@ -328,10 +334,3 @@ def _by_segment(items: Sequence[Item]) -> list[list[Item]]:
     for item in items:
         grouped.setdefault(item.location.segment, []).append(item)
     return list(grouped.values())
-
-
-def _merged(these: dict[bytes, int], those: dict[bytes, int]) -> dict[bytes, int]:
-    newest = dict(these)
-    for block_id, stamp in those.items():
-        newest[block_id] = max(stamp, newest.get(block_id, 0))
-    return newest

@@ -144,7 +144,7 @@ class TombstoneJudge:
         """Strike out what this segment still needs; ``False`` if not all of it could be read."""
         if entry.unreadable:
             return False
-        facts = self._context.recovery.facts_of(entry.number)
+        facts = self._context.recovery.facts_of(entry.number, search_bytes=0 if entry.writing else None)
         seen = 0
         try:
             async with contextlib.aclosing(facts):  # type: ignore[type-var]
