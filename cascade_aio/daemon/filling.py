@@ -39,8 +39,8 @@ class _Filling:
         self.link = link
         self.number = reserved.reservation
         self.known = None if reserved.bound is None else BlockId(reserved.bound)
-        self.payload = memoryview(b"")
-        """All of it, once ``map`` was called."""
+        self.payload = memoryview(bytearray())
+        """All of it, once ``map`` was called; writable also where there is nothing."""
         self._draft = draft
         self._offset = reserved.offset + reserved.header_bytes
         self._nbytes = reserved.nbytes - reserved.header_bytes
