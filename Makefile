@@ -2,10 +2,11 @@
 #   make demo     see the store work        make bench    measure it against the raw limits
 #   make test     run all tests             make wheel    build the wheel and prove it elsewhere
 #   make crash fuzz    kill writers at random, KILLS=200 times, and check what is left; FILE_SYSTEM=here|ext4|xfs|all
+#   make simulate run SEEDS=200 simulated worlds and check every promise; FIRST=0, WORKERS=1, OUT=result file
 #   make fuzz     throw bytes at every parser for SECONDS=60
 #   make build    (re)build after changing c/
 # PYTHON=... chooses the interpreter of a new .venv; ARGS=... is passed on.
-.PHONY: help setup build demo test bench crash wheel lint clean
+.PHONY: help setup build demo test bench crash simulate wheel lint clean
 .DEFAULT_GOAL := help
 export PYTHON
 
@@ -29,6 +30,14 @@ crash: KILLS ?= 200
 crash: FILE_SYSTEM ?= all
 crash: setup
 	@.venv/bin/python -m cascade_aio.testing.crashes campaign --kills $(KILLS) --file-system $(FILE_SYSTEM) $(ARGS)
+
+simulate: SEEDS ?= 200
+simulate: FIRST ?= 0
+simulate: WORKERS ?= 1
+simulate: OUT ?= bench/results/reliability/simulation.json
+simulate: setup
+	@.venv/bin/python -m cascade_aio.testing.simulation run --seeds $(SEEDS) --first $(FIRST) --workers $(WORKERS) \
+		--out $(OUT) $(ARGS)
 
 fuzz: SECONDS ?= 60
 fuzz: setup
