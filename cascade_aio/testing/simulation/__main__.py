@@ -19,6 +19,12 @@ _STEP_SEEDS = 25
 """Seeds that are run before it is told what came of them."""
 
 
+_BRIEFLY = (
+    "seeds_run", "operations", "crashes", "reopens", "bytes_verified",
+    "blocks_lost", "wrong_bytes", "came_back", "leaks", "hangs", "unexpected",
+)  # fmt: skip
+
+
 def _say(line: str, stream: TextIO | None = None) -> None:
     stream = sys.stdout if stream is None else stream
     stream.write(line + "\n")
@@ -26,33 +32,25 @@ def _say(line: str, stream: TextIO | None = None) -> None:
 
 
 def run(first: int, count: int, workers: int, out: Path | None) -> int:
-    """Run seeds, print every failure with its replay command, and write the result file. The exit status."""
+    """Run seeds, print every failure with its replay command, and keep the result file up to date. The exit status.
+
+    The file is written anew after every piece: whoever ends the run early has the figures of what was run.
+    """
     started_s = time.monotonic()
     total = Tally(first)
     pieces = [(start, min(start + _STEP_SEEDS, first + count)) for start in range(first, first + count, _STEP_SEEDS)]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         for tally, failed in map_pieces(pieces, workers, stack):
             total.merge(tally)
+            result = total.result(time.monotonic() - started_s)
+            if out is not None:
+                out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             for outcome in failed:
                 _say(f"seed {outcome.seed}: {outcome.failure}\n  replay: {outcome.command}")
-            done = f"{total.seeds_run} of {count} seeds, {sum(total.broken.values())} failed"
-            _say(done, sys.stderr)
-    result = total.result(time.monotonic() - started_s)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    brief = (
-        "seeds_run",
-        "operations",
-        "crashes",
-        "reopens",
-        "bytes_verified",
-        "blocks_lost",
-        "wrong_bytes",
-        "leaks",
-        "hangs",
-    )
-    _say(", ".join(f"{name} {result[name]}" for name in brief))
+            _say(f"{total.seeds_run} of {count} seeds, {sum(total.broken.values())} failed", sys.stderr)
+    _say(", ".join(f"{name} {result[name]}" for name in _BRIEFLY))
     return 1 if total.failures else 0
 
 
