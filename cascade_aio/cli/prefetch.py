@@ -66,7 +66,7 @@ def prefetch(
 async def _prefetch(path: str, keys: str, deadline_s: float | None, urgent: bool) -> dict[str, Any]:
     names = await _read_names(keys)
     totals: dict[str, Any] = dict.fromkeys((field.name for field in dataclasses.fields(PrefetchProgress)), 0)
-    async with connect(path, client="cascade-aio prefetch") as store:
+    async with connect(path, client="cascade-aio prefetch", wait_seconds=0) as store:
         for start in range(0, len(names), KEYS_MAX):
             part = names[start : start + KEYS_MAX]
             handle = store.prefetch(part, priority="high" if urgent else "low", deadline_s=deadline_s)

@@ -49,7 +49,7 @@ def top(
 async def _watch(path: str, interval: float, count: int) -> None:
     before: tuple[float, dict[str, Any]] | None = None
     looks = 0
-    async with connect(path, client="cascade-aio top", reconnect_seconds_max=interval) as store:
+    async with connect(path, client="cascade-aio top", reconnect_seconds_max=interval, wait_seconds=0) as store:
         with Live(console=out, auto_refresh=False) as live:
             while True:
                 try:
