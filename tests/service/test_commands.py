@@ -1,0 +1,76 @@
+"""The commands around a service: what they print, and what they say when called wrongly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+import pytest
+
+from cascade_aio.cli import main
+from cascade_aio.daemon import connect
+from tests.service.conftest import KEYS, running
+
+SECONDS_MAX = 60.0
+
+
+async def command(*words: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of ``cascade-aio``."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cascade_aio", *words, stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    async with asyncio.timeout(SECONDS_MAX):
+        out, err = await process.communicate(stdin)
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_prefetch_promotes_what_a_file_names(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        for i in range(3):
+            await store.put(bytes([i]), b"value", prefix=KEYS[i])
+        await store.flush()
+    async with running(tmp_path / "kv") as service:
+        lines = "\n".join([*map(str, KEYS[:4]), ""])
+        where = ("--socket", service.socket_path)
+        code, out, err = await command("prefetch", *where, "--keys", "-", "--json", stdin=lines.encode())
+        assert code == 0, err
+        progress = json.loads(out)
+        assert (progress["wanted"], progress["landed"], progress["unknown"]) == (4, 3, 1)
+        (tmp_path / "keys").write_text(lines)
+        code, out, _ = await command("prefetch", *where, "--keys", str(tmp_path / "keys"))
+        assert code == 0
+        assert "3 were there" in out
+
+
+async def test_top_looks_and_ends(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service:
+        code, out, err = await command("top", "--socket", service.socket_path, "--count", "2", "--interval", "0.1")
+        assert code == 0, err
+        assert "shm" in out
+        assert "per second" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["serve", "ROOT", "--http", "nowhere"], "host:port"),
+        (["serve", "ROOT", "--socket", "/" + "x" * 200], "107"),
+        (["serve", "ROOT", "--shm", "1GiB", "--shm-bytes", "1GiB"], "one of them"),
+        (["serve", "ROOT", "--group", "no-such-group"], "no-such-group"),
+        (["prefetch", "--keys", "-"], "--socket PATH"),
+        (["prefetch", "--socket", "/x", "--keys", "/no/such/file"], "/no/such/file"),
+        (["top", "--socket", "/x", "--interval", "0"], "--interval"),
+        (["top", "--root", "ROOT"], "cascade-aio serve"),
+    ],
+)
+def test_a_wrong_call_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path / "kv") if word == "ROOT" else word for word in words])
+    assert end.value.code in (1, 2)
+    assert complaint in capsys.readouterr().err
