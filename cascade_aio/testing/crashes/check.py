@@ -94,6 +94,8 @@ class RootCheck:
                 await store.refresh()
                 await self._check_blocks(store, oracles)
                 await self._check_damage(store)
+                for other in stores[1:]:
+                    _expect_no_damage(other)
                 known = {info.block_id for info in store.blocks()}
             await self._open_again(known)
 
@@ -106,6 +108,7 @@ class RootCheck:
             recovery = last.statistics()["disk"]["recovery"]
             if recovery["scanned"] or recovery["unreadable"]:
                 raise CampaignError("error", f"the next opening still scans: {recovery}")
+            _expect_no_damage(last)
             found = {info.block_id for info in last.blocks()}
             if self._disk_bytes is None and found != known:
                 told = f"missing {sorted(known - found)}, new {sorted(found - known)}"
@@ -193,9 +196,9 @@ class RootCheck:
     async def _check_damage(self, store: ca.Store) -> None:
         report = await store.verify()
         self._figures.bytes_verified += report.bytes
-        damage = [*map(str, report.damage), *store.statistics()["damage"]]
-        if damage:
-            raise CampaignError("damage", f"damage without a cause: {damage}")
+        if report.damage:
+            raise CampaignError("damage", f"damage without a cause: {[*map(str, report.damage)]}")
+        _expect_no_damage(store)
 
     def _check_leftovers(self) -> None:
         left = set(os.listdir(self._shm_dir)) - {READER_ARENA}
@@ -222,6 +225,12 @@ def arena_of(writer: int) -> str:
 def split_state(state: Mapping[int, frozenset[int]], first: int, count: int) -> dict[int, frozenset[int]]:
     """What of ``state`` belongs to the blocks ``first`` … ``first + count - 1``."""
     return {block: names for block, names in state.items() if first <= block < first + count}
+
+
+def _expect_no_damage(store: ca.Store) -> None:
+    damage = store.statistics()["damage"]
+    if damage:
+        raise CampaignError("damage", f"damage without a cause: {damage}")
 
 
 def _compare(expected: Expectation, there: bool, names: set[int], told: str, history: str) -> None:
