@@ -164,11 +164,11 @@ def test_two_adopters_race_and_one_adopts() -> None:
 @pytest.mark.parametrize("lost_power", [False, True])
 def test_an_adoption_that_is_cut_off_anywhere_is_done_by_the_next(lost_power: bool) -> None:
     async def story() -> None:
-        step = 0
+        step = int(lost_power)
         while True:
             world = World()
             survivor, victim = await world.open(), await world.open()
-            ids = await put(victim, range(20))
+            ids = await put(victim, range(8))
             path = kill(world, victim)
             storage: Any = survivor._context.platform.storage
             events = storage.events
@@ -194,7 +194,7 @@ def test_an_adoption_that_is_cut_off_anywhere_is_done_by_the_next(lost_power: bo
             if done:
                 assert step > 10
                 return
-            step += 1
+            step += 3
 
     run(story)
 

@@ -214,7 +214,7 @@ def test_a_repair_that_is_cut_off_anywhere_is_finished_by_the_next() -> None:
     async def story() -> None:
         step = 1
         while not await cut_off(step):
-            step += 29
+            step += 41
         assert step > 100
 
     run(story)

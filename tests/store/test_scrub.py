@@ -115,9 +115,7 @@ def test_a_restart_goes_on_where_it_was() -> None:
         await store.aclose()
         read: list[str] = []
         store = await world.open()
-        world.storage.hooks.append(
-            lambda operation: read.append(operation.path) if operation.name == "read" else None  # type: ignore[func-returns-value]
-        )
+        world.storage.hooks.append(lambda operation: read.append(operation.path) if operation.name == "read" else None)
         await asyncio.sleep(20)
         done = [path for path in segments if path.removesuffix(".seg").endswith(seen.rpartition("/")[2])]
         assert done
