@@ -16,7 +16,7 @@ from cascade_aio.testing.simulation import simulate
 from cascade_aio.testing.simulation.__main__ import run
 from cascade_aio.testing.simulation.plan import make_plan
 
-SEEDS = int(os.environ.get("CASCADE_TEST_SEEDS", "48"))
+SEEDS = int(os.environ.get("CASCADE_TEST_SEEDS", "32"))
 BATCHES = 4
 
 
@@ -28,7 +28,7 @@ def test_some_seeds_keep_every_promise(batch: int) -> None:
         assert outcome.events
 
 
-@pytest.mark.parametrize("seed", [3, 11])
+@pytest.mark.parametrize("seed", [11])
 def test_a_seed_is_the_same_run_in_every_process(seed: int) -> None:
     """Whatever the hashes of strings are, and wherever objects lie."""
     program = f"from cascade_aio.testing.simulation import simulate; print(simulate({seed}).digest)"
