@@ -16,7 +16,9 @@ from cascade_aio.cli.output import UsageError, out, print_json
 from cascade_aio.config import StoreConfig, format_size, parse_size
 from cascade_aio.daemon import Service, ServiceConfig
 from cascade_aio.daemon.running import run_service
+from cascade_aio.daemon.settings import arena_path
 from cascade_aio.errors import ConfigError
+from cascade_aio.tiers.arena import remove_arena
 
 _PANEL = "Clients"
 _DEFAULTS = ServiceConfig()
@@ -55,6 +57,7 @@ def serve(
     verify_seals: Annotated[
         bool, typer.Option(help="Digest here what clients have filled; else they are believed.", rich_help_panel=_PANEL)
     ] = _DEFAULTS.verify_seals,
+    cold: Annotated[bool, typer.Option("--cold", help="Forget the arena that the last run left, start empty.")] = False,
     json: Json = False,
 ) -> None:
     """Lend one store to all processes of this node, until SIGTERM; then flush, seal and report."""
@@ -78,6 +81,8 @@ def serve(
         )
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    if cold:
+        remove_arena(arena_path(config))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     report = asyncio.run(run_service(config, service, on_ready=lambda running: _announce(config, running)))
     if json:

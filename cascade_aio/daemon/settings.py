@@ -26,6 +26,7 @@ class ServiceConfig:
     """``host:port`` of the metrics and the status page; ``None``: none."""
     clients_max: int = 1024
     leases_per_client_max: int = 1 << 16
+    """Leases by number of one client: of what the shared directory does not list."""
     pinned_bytes_per_client_max: int | None = None
     """Arena that one client may lease; ``None``: half of the arena."""
     reserved_bytes_per_client_max: int | None = None
@@ -63,8 +64,13 @@ class ServiceConfig:
 
 def default_socket(config: StoreConfig) -> str:
     """Beside the arena: on this node even if the root is shared, there in batch jobs too, and as short-lived."""
+    return arena_path(config) + SOCKET_SUFFIX
+
+
+def arena_path(config: StoreConfig) -> str:
+    """Where a service with ``config`` has its arena."""
     kept = dataclasses.replace(config, warm_restart=True)
-    return os.path.join(config.shm_dir, arena_name(kept) + SOCKET_SUFFIX)
+    return os.path.join(config.shm_dir, arena_name(kept))
 
 
 def socket_of_root(root: str | os.PathLike[str]) -> str:

@@ -228,6 +228,31 @@ async def test_limits_of_one_client(tmp_path: Path) -> None:
         await first.aclose()
 
 
+async def test_a_client_that_pins_past_its_quota_is_cut_off_and_its_pins_are_void(tmp_path: Path) -> None:
+    """Its library would not do that: whoever writes into the pin table himself."""
+    async with (
+        running(tmp_path / "kv", service={"pinned_bytes_per_client_max": 1 << 20}) as service,
+        connect(service.socket_path) as store,
+        connect(service.socket_path) as other,
+    ):
+        names = [await store.put(*block_bytes(i, 600_000, 600_000)) for i in range(4)]
+        sight = store._connector.sight
+        assert sight is not None
+        assert sight.view is not None
+        lease = await store.get(names[0])
+        sight.view.quota_bytes = 1 << 40
+        more = [await store.get(name) for name in names[1:]]
+        await eventually(lambda: sight.lost)
+        with pytest.raises(LeaseError, match="get the block again"):
+            _ = lease.key
+        for block in (lease, *more):
+            block.release()
+        async with other.get(names[0]) as block:
+            assert bytes(block.key) == block_bytes(0, 600_000, 600_000)[0]
+        async with store.get(names[1]) as block:  # connected again
+            assert bytes(block.key) == block_bytes(1, 600_000, 600_000)[0]
+
+
 async def test_reservations_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None:
     settings = {"put_wait_seconds_max": 1.0}
     async with served(tmp_path / "kv", service={"reserved_bytes_per_client_max": 1 << 20}, **settings) as store:
