@@ -426,9 +426,9 @@ class SegmentRecovery:
     ) -> AsyncIterator[Fact]:
         """Own records beyond the last known sync: the sound ones, made durable before they are told.
 
-        They are written again: after a sync that failed, a page may be sound in memory and in memory only, and
-        the next sync would pass over it. Holes between them, which writes that never ended have left, are filled with empty notes, so that
-        whoever walks the sealed segment meets records only, and takes nothing for damage.
+        They are written again: after a sync that failed, a page may be sound in memory and in memory only, and the
+        next sync would pass over it. Holes between them, which writes that never ended have left, are filled with
+        empty notes, so that whoever walks the sealed segment meets records only, and takes nothing for damage.
         """
         buffer = page_buffer(VERIFY_BYTES) if held else memoryview(b"")
         sound: list[fmt.RecordHeader | Gap] = []
