@@ -11,18 +11,18 @@ import importlib
 from typing import Any
 
 try:
-    trace: Any = importlib.import_module("opentelemetry.trace")
+    # Of the proxy provider: it becomes the application's when that sets one.
+    tracer: Any = importlib.import_module("opentelemetry.trace").get_tracer("cascade_aio")
 except ImportError:  # an extra
-    trace = None
+    tracer = None
 
 _NOTHING = contextlib.nullcontext()
 
 
 def span(name: str, **attributes: str | int | float | bool) -> contextlib.AbstractContextManager[Any]:
     """A scope that is a span of the current trace; an exception that leaves it is recorded there."""
-    if trace is None:
+    if tracer is None:
         return _NOTHING
-    tracer = trace.get_tracer("cascade_aio")
     scope: contextlib.AbstractContextManager[Any] = tracer.start_as_current_span(
         f"cascade.{name}", attributes=attributes
     )
