@@ -27,6 +27,8 @@ What is exempt, and why:
   that a crash cut short (FORMAT.md, Recovery 3: behind the last sync that a later header speaks of).
 * Another writer that removed segments since our last look: what was moved is a miss until the next look, because
   nothing tells a reader (FORMAT.md, Who may write what).
+* A name that was never flushed may survive a crash that its block does not, in a note: it names the block again when
+  that is put again. The bytes are those that the client had named so.
 * Of several records of a block in open segments of others, one that its writer never finished may be the one that
   is known: then the block is a miss until the next look, which tells the others again.
 * A look stops at a hole in an open segment of another writer: where the medium has made one, what others put may
@@ -98,6 +100,8 @@ class Put(_Event):
     name: int | None = None
     stored: bool | None = None
     firm: bool = True
+    vanished: bool = False
+    """Not there when all that is left was looked at; its name may be, in a note, and wait for the block."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -225,6 +229,7 @@ class Oracle:
             put.stored is True
             and put.firm
             and not put.void
+            and not put.vanished
             and (name is None or put.name == name)
             and self._knows(life, put)
             and self._safe(put)
@@ -235,6 +240,7 @@ class Oracle:
         """Whether ``life`` cannot find the block (by that name of it)."""
         return all(
             put.void
+            or (put.vanished and name is None)
             or (name is not None and put.name != name)
             or any(
                 not delete.void and delete.sound and self._knows(life, delete) and self._covers(delete, put)
@@ -274,9 +280,9 @@ class Oracle:
             deletes = self.deletes.get(block, [])
             if block not in present:
                 for put in puts:  # with a budget it may have been evicted, and its record still be there
-                    put.void = put.void or (put.life is not life and put.firm and not life.budget)
+                    put.vanished = put.vanished or (put.life is not life and put.firm and not life.budget)
                 continue
-            others = [put for put in puts if not put.void and put.life is not life]
+            others = [put for put in puts if not put.void and not put.vanished and put.life is not life]
             for delete in deletes:
                 if not delete.durable and all(self._covers(delete, put) for put in others):
                     delete.void = True  # had it survived, the block would not be there
