@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
 import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
@@ -74,3 +76,22 @@ def test_a_wrong_call_says_what_to_do(
         main([str(tmp_path / "kv") if word == "ROOT" else word for word in words])
     assert end.value.code in (1, 2)
     assert complaint in capsys.readouterr().err
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("example", ["systemd/cascade-aio.service", "slurm/serve.sbatch"])
+def test_the_examples_use_options_that_there_are(
+    example: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    (call,) = re.findall(r"cascade-aio serve (.*)", (EXAMPLES / example).read_text())
+    assert set(re.findall(r"--[a-z-]+", call)) <= known
+
+
+def test_the_job_script_is_a_script() -> None:
+    subprocess.run(["bash", "-n", str(EXAMPLES / "slurm/serve.sbatch")], check=True)
