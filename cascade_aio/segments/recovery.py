@@ -135,14 +135,16 @@ class Recovery:
         for identity, _ in found:
             self._table.add(identity, own=True)
         entries = [entry for entry in self._table if entry.identity.writer == writer]
+        unread = {entry for entry in entries if not entry.sealed or entry.unreadable}
         for entry in entries:
             entry.own = entry.writing = True  # not to be reclaimed before all of it is known
         try:
             for identity, size in found:
                 entry = self._table.add(identity, own=True)
-                if not entry.sealed or entry.unreadable:
+                if entry in unread:
                     async for fact in self._recover(identity, size, None, SEARCH_BYTES_FOREIGN):
                         yield fact
+                    unread.discard(entry)
             present = {identity for identity, _ in found}
             for entry in entries:
                 if entry.identity not in present:
@@ -151,6 +153,8 @@ class Recovery:
         finally:
             for entry in entries:
                 entry.writing = False
+            for entry in unread:  # cut short: nothing is known of it, so that it looks as if nothing in it were needed
+                entry.unreadable = True
 
     async def refresh_root(self) -> AsyncIterator[Fact]:
         """What other writers added or removed since the last look. Own segments are not looked at.
@@ -171,7 +175,7 @@ class Recovery:
                 yield VanishedFact(entry.number)
 
     async def facts_of(self, number: int, *, search_bytes: int | None = None) -> AsyncIterator[Fact]:
-        """Everything a sealed segment says, once more and from its start: before it is removed.
+        """Everything a segment says, once more and from its start: before it is removed.
 
         Of damage only what its sealer knew is told. Raises ``OSError`` if not all of it can be read,
         ``CorruptionError`` if it is damaged otherwise: it is not to be removed then, because it may say more.

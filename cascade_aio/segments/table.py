@@ -32,6 +32,7 @@ class SegmentEntry:
     succeeds it is left as it is: not sealed, cut, reclaimed or covered by a checkpoint.
     ``damaged``: compaction met a record in it that is not what was written. The file is kept aside for
     ``repair``: not reclaimed, though what is sound in it may have been copied elsewhere.
+    ``refused``: the index had no room for something that it says: it holds more than is known, and is not reclaimed.
     ``capacity_bytes`` is what was preallocated, until it is sealed; ``kept_bytes`` of its notes still matter, as
     far as compaction has written them; ``newest_stamp`` is of the newest record that was ever live in it.
     """
@@ -49,6 +50,7 @@ class SegmentEntry:
     writing: bool = False
     unreadable: bool = False
     damaged: bool = False
+    refused: bool = False
     capacity_bytes: int = 0
     kept_bytes: int = 0
     newest_stamp: int = 0

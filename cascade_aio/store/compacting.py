@@ -81,7 +81,7 @@ class Compactor:
 
     def may_go(self, entry: SegmentEntry) -> bool:
         """Whether a segment can be compacted or removed, as far as is known."""
-        if not entry.own or entry.writing or entry.unreadable or entry.damaged:
+        if not entry.own or entry.writing or entry.unreadable or entry.damaged or entry.refused:
             return False
         until_s = self._set_aside_until_s.get(entry.number)
         return until_s is None or until_s <= self._context.loop.time()
@@ -199,15 +199,16 @@ class Compactor:
     async def _names(
         self, bindings: Sequence[BindingFact], items: Sequence[Item]
     ) -> dict[tuple[bytes, bytes], fmt.NoteBinding]:
-        """Names of blocks that live elsewhere."""
+        """Names of blocks that live elsewhere, or may live where nobody could look."""
         index, live = self._context.catalog.index, self._context.merger.facts.is_live
         moved = {item.digest[:BLOCK_ID_BYTES] for item in items}
+        blind = any(entry.unreadable or entry.refused for entry in self._context.disk.table)
         kept: dict[tuple[bytes, bytes], fmt.NoteBinding] = {}
         for count, fact in enumerate(bindings):
             if count and not count % STEP_FACTS:
                 await asyncio.sleep(0)
             row = index.find(fact.block_id)
-            if row < 0 or fact.block_id in moved or index.find_prefix(fact.key) != row:
+            if fact.block_id in moved or (index.find_prefix(fact.key) != row if row >= 0 else not blind):
                 continue
             if live(fact.block_id, fact.stamp):
                 kept[fact.block_id, fact.key] = fmt.NoteBinding(fact.block_id, fact.key, fact.parent, fact.stamp)

@@ -78,6 +78,8 @@ async def take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
                 fresh += context.merger.apply(fact)
             except TierFullError as error:  # the index: what is known stays known, the root stays usable
                 context.facts_refused += 1
+                if isinstance(fact, BlockFact | BindingFact):
+                    context.disk.table[fact.location.segment].refused = True
                 refused = error
             context.facts_applied += 1
     context.merger.settle()

@@ -100,7 +100,16 @@ async def repair_root(
     ``ConfigError`` (no root), ``TierFullError``, ``BrokenTierError``, ``OSError``.
     """
     config = root if isinstance(root, StoreConfig) else make_config(root, **settings)
-    config = dataclasses.replace(config, arena=None, adopt_seconds=None, disk_bytes=None)
+    # Nothing else changes the root meanwhile: compaction would remove a damaged segment before it is set aside.
+    config = dataclasses.replace(
+        config,
+        arena=None,
+        adopt_seconds=None,
+        disk_bytes=None,
+        when_full="refuse",
+        compaction_bandwidth=0,
+        scrub_bandwidth=None,
+    )
     looking = dataclasses.replace(config, read_only=True)
 
     store = await open_with(looking, platform=make_platform(), arena=PrivateArena(config.shm_bytes))

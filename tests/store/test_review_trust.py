@@ -1,0 +1,138 @@
+"""What a review of compaction, adoption and repair found: each of these destroyed what had been acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import posixpath
+
+import pytest
+
+import cascade_aio as ca
+from cascade_aio.abc.storage import PAGE_BYTES, Platform
+from cascade_aio.config import make_config
+from cascade_aio.store.repairing import repair_root
+from cascade_aio.store.verifying import Verifier
+from cascade_aio.testing import world as worlds
+from cascade_aio.testing.memory import MemoryDisk, MemoryEngine, MemoryStorage
+from cascade_aio.testing.world import ROOT, World, cancel_others, check_invariants, fail_with, pseudo_bytes
+from tests.store.test_adopting import NBYTES, expect, kill, put, run
+
+LONG_S = 30.0
+"""Many looks of the space keeper."""
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 5, 20])
+def test_segments_of_a_cut_off_adoption_are_not_reclaimed_unread(turns: int) -> None:
+    """They are own ones then, and nothing in them is known to be live."""
+
+    async def story() -> None:
+        world = World()
+        survivor, victim = await world.open(), await world.open()
+        ids = await put(victim, range(60))
+        path = kill(world, victim)
+        adopting = asyncio.ensure_future(survivor.adopt())
+        table = survivor._context.disk.table
+        while not any(entry.identity.writer.hex() == posixpath.basename(path) for entry in table):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        adopting.cancel()
+        await asyncio.wait([adopting])
+        await asyncio.sleep(LONG_S)
+        check_invariants(survivor)
+        await survivor.adopt()
+        await expect(survivor, ids)
+        check_invariants(survivor)
+        assert not any(entry.unreadable or entry.writing for entry in table if entry.sealed)
+        await survivor.aclose()
+        await cancel_others()
+
+    run(story)
+
+
+def test_what_the_index_has_no_room_for_is_not_reclaimed() -> None:
+    async def story() -> None:
+        world = World(shm_bytes=4 << 20)
+        store = await world.open()
+        ids = [await store.put(b"", pseudo_bytes(str(number), 3000)) for number in range(1500)]
+        await store.aclose()
+        store = await world.open(index_blocks_max=1024)
+        assert store.statistics()["disk"]["facts_refused"] == 476
+        await asyncio.sleep(LONG_S)
+        await store.compact()
+        await store.aclose()
+        store = await world.open()
+        assert all(block_id in store for block_id in ids)
+        await store.aclose()
+
+    run(story)
+
+
+def test_a_name_outlives_the_compaction_beside_a_segment_that_could_not_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The note is in one segment, the record that it names in another, which answers again another day."""
+    names = ca.prefix_keys(range(8), block_tokens=4, namespace="review")
+
+    async def story() -> None:
+        world = World()
+        store = await world.open()
+        block_id = await store.put(b"", pseudo_bytes("named", NBYTES), prefix=names[0])
+        await put(store, range(20))
+        (entry,) = [entry for entry in store._context.disk.table if entry.identity.sequence == 1]
+        await store.put(b"", pseudo_bytes("named", NBYTES), prefix=names[1])
+        for gone in await put(store, range(20, 40)):
+            await store.delete(gone)
+        await store.aclose()
+        world.disk.files.pop(posixpath.join(posixpath.dirname(entry.path), "checkpoint"))
+
+        class Failing(MemoryStorage):
+            def __init__(self, disk: MemoryDisk) -> None:
+                super().__init__(disk)
+                self.hooks.append(fail_with(errno.EIO, "read", path_part=entry.path, times=10**6))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worlds, "MemoryStorage", Failing)
+            store = await world.open()
+        assert block_id not in store
+        report = await store.compact()
+        assert report.kept_aside == 1
+        assert store.statistics()["disk"]["compaction"]["removed_segments"]
+        await store.aclose()
+        store = await world.open()
+        assert len(store.lookup(names)) == 2
+        await store.aclose()
+
+    run(story)
+
+
+def test_a_repair_that_takes_its_time_sets_a_damaged_segment_aside_before_it_is_reclaimed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def story() -> None:
+        world = World()
+        store = await world.open()
+        block_id = await store.put(b"", pseudo_bytes("alone", 5 * NBYTES))
+        await store.aclose()
+        (path,) = [path for path in world.disk.files if path.endswith(".seg")]
+        world.disk.flip_bit(path, 8 * (3 * PAGE_BYTES + 100))
+
+        def platform() -> Platform:
+            storage = MemoryStorage(world.disk)
+            world.storages.append(storage)
+            return Platform(storage, MemoryEngine(), world.clock)
+
+        examine = Verifier.run
+
+        async def slowly(self: Verifier) -> None:
+            await examine(self)
+            await asyncio.sleep(LONG_S)  # as in a root of many terabytes
+
+        monkeypatch.setattr(Verifier, "run", slowly)
+        report = await repair_root(make_config(ROOT, **world.settings), make_platform=platform)
+        assert [one.path for one in report.quarantined] == [path]
+        assert [lost.block_id for lost in report.lost_blocks] == [block_id.hex()]
+        assert report.clean
+
+    run(story)
