@@ -182,8 +182,9 @@ def replay_as_store(
 
     A store makes room *before* each block and may not take what the request has leased, where ``replay``
     lets the chain in first and evicts afterwards; and leases are pins, given back from the end of the chain.
-    So hits differ from ``replay`` (by half a point of short traces, either way), and not at all from a store that is asked for the trace request
-    by request. ``identities`` are by node. Raises ``ConfigError`` for a prompt longer than the capacity.
+    So hits differ from ``replay`` (by half a point on short traces, either way), and not at all from a store
+    that is asked for the trace request by request. ``identities`` are by node. Raises ``ConfigError`` for a
+    prompt longer than the capacity.
     """
     resident = bytearray(trace.nodes)
     used = hit_blocks = hit_tokens = all_tokens = evicted = 0
