@@ -113,14 +113,26 @@ function state(text, dead) {
   byId("state").className = dead ? "dead" : "";
 }
 
-let heard = 0;
-const source = new EventSource("events");
-source.onmessage = (event) => {
-  heard = Date.now();
-  show(JSON.parse(event.data));
-  state("live", false);
-};
-source.onerror = () => state("connection lost, trying again", true);
-setInterval(() => {
-  if (heard && Date.now() - heard > DEAD_AFTER_MS) state("connection lost, trying again", true);
-}, 1000);
+function follow() {
+  let heard = 0;
+  const source = new EventSource("events");
+  source.onmessage = (event) => {
+    heard = Date.now();
+    show(JSON.parse(event.data));
+    state("live", false);
+  };
+  source.onerror = () => state("connection lost, trying again", true);
+  setInterval(() => {
+    if (heard && Date.now() - heard > DEAD_AFTER_MS) state("connection lost, trying again", true);
+  }, 1000);
+}
+
+// "?once" is one look that ends, for printing and for tests.
+if (location.search === "?once") {
+  fetch("status.json")
+    .then((response) => response.json())
+    .then((snapshot) => { show(snapshot); state("one look", false); })
+    .catch(() => state("connection lost", true));
+} else {
+  follow();
+}
