@@ -310,9 +310,14 @@ class ArenaDirectory:
         path = f"{arena_path}{fmt.PIN_INFIX}{uuid.uuid4().hex}"
         fd = _create_file(path, self.geometry.pins_bytes)
         try:
-            memory = map_shared(fd, self.geometry.pins_bytes, PAGE_BYTES)
+            # Not from ``fd``: a mapping keeps its file open, and with it the lock that is to be the client's alone.
+            mapped = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                memory = map_shared(mapped, self.geometry.pins_bytes, PAGE_BYTES)
+            finally:
+                os.close(mapped)
             fmt.encode_pins(memory, self.geometry, quota_bytes)
-            fcntl.flock(fd, fcntl.LOCK_SH)  # goes to the client with the descriptor, and dies with its last copy
+            fcntl.flock(fd, fcntl.LOCK_SH)  # dies with the client's last descriptor or mapping
         except BaseException:
             os.close(fd)
             os.unlink(path)

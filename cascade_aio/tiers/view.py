@@ -7,6 +7,7 @@ business; neither is what a lease looks like to its holder.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -150,6 +151,7 @@ class DirectoryView:
         """Let go of the table whatever is pinned: all of it may change from now on."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
+            fcntl.flock(fd, fcntl.LOCK_UN)  # by closing alone it would last as long as the mapping
             os.close(fd)
 
     def _read_session(self) -> bytes:
