@@ -184,6 +184,22 @@ class ClientDesk:
             raise
         return blocks
 
+    def lend_leading(self, link: Link, grants: list[p.Grant]) -> list[Block]:
+        """Those that this client may lease, up to the first that is too many. Raises ``LeaseError``."""
+        blocks: list[Block] = []
+        for place, grant in enumerate(grants):
+            try:
+                blocks.append(self.lend(link, grant))
+            except CascadeError as error:
+                for unused in grants[place + 1 :]:
+                    give_back(link, unused)
+                if isinstance(error, TierFullError):
+                    break
+                for block in blocks:
+                    block.release()
+                raise
+        return blocks
+
     def release(self, copy: RemoteCopy, number: int) -> None:
         self.leases -= 1
         link = copy.link

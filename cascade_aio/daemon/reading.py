@@ -13,7 +13,7 @@ from cascade_aio.daemon import protocol as p
 from cascade_aio.daemon.connector import Connector
 from cascade_aio.daemon.lending import ClientDesk, unwanted
 from cascade_aio.daemon.requests import TIER_CODES
-from cascade_aio.errors import ConfigError
+from cascade_aio.errors import ConfigError, TierFullError
 from cascade_aio.model import BlockId, PrefixKey, Tier
 from cascade_aio.store.block import Block
 from cascade_aio.store.getting import PrefixLookup, raw_name, raw_prefix
@@ -84,13 +84,38 @@ class ClientGetter:
         """Leases on the longest cached prefix. See ``Store.get_prefix``."""
         self._connector.check()
         names = [raw_prefix(key) for key in keys]
-        if not names:
-            return []
         if len(names) > p.NAMES_MAX:
             raise ConfigError(f"{len(names)} keys are more than one call takes ({p.NAMES_MAX}); pass them in parts")
+        blocks, full = self._pin_leading(names)
+        rest = names[len(blocks) :]
+        if full or not rest:
+            return blocks
         self._counters.gets += 1
-        link, reply = await self._connector.ask(lambda: p.GetPrefix(0, names), p.Leased, repeat=True, undo=unwanted)
-        return self._desk.lend_all(link, reply.grants)
+        try:
+            link, reply = await self._connector.ask(lambda: p.GetPrefix(0, rest), p.Leased, repeat=True, undo=unwanted)
+            return blocks + self._desk.lend_leading(link, reply.grants)
+        except BaseException:
+            for block in blocks:
+                block.release()
+            raise
+
+    def _pin_leading(self, names: Sequence[bytes]) -> tuple[list[Block], bool]:
+        """Leases on what leads in shared memory; whether this client may lease no more."""
+        link = self._connector.sight
+        blocks: list[Block] = []
+        if link is None or link.view is None or not link.view.current:
+            return blocks, False
+        try:
+            for name in names:
+                block = self._desk.pin(link, name)
+                if block is None:
+                    break
+                blocks.append(block)
+        except TierFullError:
+            return blocks, True
+        finally:
+            self._counters.shared_gets += len(blocks)
+        return blocks, False
 
     def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
         """What shared memory knows, without a message; await the result for the service's answer."""

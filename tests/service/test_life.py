@@ -253,6 +253,21 @@ async def test_a_client_that_pins_past_its_quota_is_cut_off_and_its_pins_are_voi
             assert bytes(block.key) == block_bytes(1, 600_000, 600_000)[0]
 
 
+async def test_a_hot_prefix_takes_no_message_and_ends_at_the_quota(tmp_path: Path) -> None:
+    async with served(tmp_path / "kv", service={"pinned_bytes_per_client_max": 3 << 20}) as store:
+        for i in range(4):
+            await store.put(*block_bytes(i, 500_000, 500_000), prefix=KEYS[i], parent=KEYS[i - 1] if i else None)
+        asked = store.statistics()["gets"]
+        async with store.get_prefix(KEYS[:2]) as blocks:
+            assert [bytes(block.key) for block in blocks] == [block_bytes(i, 500_000, 500_000)[0] for i in range(2)]
+        assert store.statistics()["gets"] == asked
+        async with store.get_prefix(KEYS[:4]) as blocks:
+            assert len(blocks) == 3
+        assert store.statistics()["leases"] == 0
+        async with store.get_prefix([KEYS[0], KEYS[7]]) as blocks:
+            assert len(blocks) == 1
+
+
 async def test_reservations_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None:
     settings = {"put_wait_seconds_max": 1.0}
     async with served(tmp_path / "kv", service={"reserved_bytes_per_client_max": 1 << 20}, **settings) as store:

@@ -105,6 +105,7 @@ function show(snapshot) {
   const roots = snapshot.prefixes.roots.map(tree);
   const open = byId("prefixes").querySelector("details[open]");
   if (!open) byId("prefixes").replaceChildren(...(roots.length ? roots : [element("div", "no blocks yet", "quiet")]));
+  byId("errors").className = snapshot.errors.length ? "bad" : "quiet";
   byId("errors").textContent = snapshot.errors.length ? snapshot.errors.join("\n") : "none";
 }
 
