@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import posixpath
 
 import pytest
@@ -134,5 +135,29 @@ def test_a_repair_that_takes_its_time_sets_a_damaged_segment_aside_before_it_is_
         assert [one.path for one in report.quarantined] == [path]
         assert [lost.block_id for lost in report.lost_blocks] == [block_id.hex()]
         assert report.clean
+
+    run(story)
+
+
+def test_a_refresh_of_many_blocks_lets_others_run() -> None:
+    """A sealed segment tells all of its facts after one read: they are applied in steps."""
+    blocks = 2000
+
+    async def story() -> None:
+        world = World(shm_bytes=64 << 20, segment_bytes=64 << 20)
+        reader, writer = await world.open(), await world.open()
+        for number in range(blocks):
+            await writer.put(number.to_bytes(8, "big"), b"")
+        await writer.flush()
+        await writer._context.disk.writer.rotate()
+        known = []
+        refreshing = asyncio.ensure_future(reader.refresh())
+        while not refreshing.done():
+            known.append(len(reader))
+            await asyncio.sleep(0)
+        assert await refreshing == blocks
+        assert max(after - before for before, after in itertools.pairwise([*known, blocks])) <= 100
+        await reader.aclose()
+        await writer.aclose()
 
     run(story)
