@@ -207,6 +207,9 @@ class Soak:
         try:
             self._service = await self._start_service()
             self._running = [await self._start_client() for _ in range(self._clients)]
+            async with asyncio.timeout(START_SECONDS_MAX):
+                while not all(map(self._works, self._running)):
+                    await asyncio.sleep(0.05)
             try:
                 async with asyncio.timeout(self._seconds):
                     async with asyncio.TaskGroup() as tasks:
@@ -248,12 +251,17 @@ class Soak:
             *command, "--folder", str(self._folder), "--seed", str(seed), stdout=DEVNULL
         )
 
+    def _works(self, process: Process) -> bool:
+        return any(self._folder.glob(f"client-{process.pid}-*.log"))
+
     async def _kill_clients(self) -> None:
         while True:
             await asyncio.sleep(1.0)
             place = self._rng.randrange(self._clients)
             process = self._running[place]
             if process.returncode is None:
+                if not self._works(process):  # a busy machine: let it come up first
+                    continue
                 process.kill()
             await process.wait()
             self.report.clients_killed += 1
