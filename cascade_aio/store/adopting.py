@@ -18,6 +18,7 @@ import posixpath
 from collections.abc import Collection, Mapping
 
 from cascade_aio.abc.storage import Clock
+from cascade_aio.errors import CascadeError
 from cascade_aio.segments.hosts import Host
 from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim, claim_dead, is_abandoned, list_writers
 from cascade_aio.store.context import StoreContext
@@ -61,7 +62,7 @@ class Adopter:
             await asyncio.sleep(pause_s)
             try:
                 await self.adopt()
-            except OSError as error:
+            except (OSError, CascadeError) as error:  # also a segment of a format that only a later version reads
                 logger.warning("the writers of %s could not be looked through: %s", self._root.path, error)
 
     async def adopt(self, *, closed_too: bool = False, vouched_for: Collection[bytes] = ()) -> AdoptionReport:

@@ -115,6 +115,7 @@ class SpaceKeeper:
         self._waiters: list[_Waiter] = []
         self._leisure_from_s = 0.0
         self._nearly_due = False
+        self._ended = False
         self.may_evict = config.when_full == "evict"
         self.evicted_blocks = 0
         context.disk.writer.gate = self
@@ -138,7 +139,7 @@ class SpaceKeeper:
 
     async def make_room(self, nbytes: int, *, disk_full: bool) -> bool:
         """See ``SpaceGate``."""
-        if self._context.disk.writer.broken or (disk_full and not self.may_evict):
+        if self._ended or self._context.disk.writer.broken or (disk_full and not self.may_evict):
             return False
         removed = self._compactor.counters.removed_segments
         waiter = _Waiter(nbytes, disk_full, removed, self._context.loop.create_future())
@@ -205,6 +206,7 @@ class SpaceKeeper:
                 if not self._context.disk.writer.ending:  # else there is more to look at in a moment
                     self._refuse(asking)
         finally:
+            self._ended = True  # also of something nobody foresaw: who asks later is not left waiting
             self._refuse(self._waiters)
 
     async def _wait(self) -> None:
@@ -343,7 +345,9 @@ class SpaceKeeper:
         """
         index, facts = self._context.catalog.index, self._context.merger.facts
         for use in sorted(uses, key=_fullness)[:DROP_LOOKS_MAX]:
-            entry = self._context.disk.table[use.number]
+            entry = self._context.disk.table.get(use.number)
+            if entry is None:
+                continue  # what found no room was the sync after its removal
             notes = await self._compactor.read_notes(entry)
             if notes is None:
                 continue

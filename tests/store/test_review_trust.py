@@ -7,15 +7,17 @@ import errno
 import itertools
 import posixpath
 
+import crc32c
 import pytest
 
 import cascade_aio as ca
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import make_config
 from cascade_aio.store.repairing import repair_root
+from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.verifying import Verifier
 from cascade_aio.testing import world as worlds
-from cascade_aio.testing.memory import MemoryDisk, MemoryEngine, MemoryStorage
+from cascade_aio.testing.memory import MemoryDisk, MemoryEngine, MemoryStorage, Operation
 from cascade_aio.testing.world import ROOT, World, cancel_others, check_invariants, fail_with, pseudo_bytes
 from tests.store.test_adopting import NBYTES, expect, kill, put, run
 
@@ -159,5 +161,78 @@ def test_a_refresh_of_many_blocks_lets_others_run() -> None:
         assert max(after - before for before, after in itertools.pairwise([*known, blocks])) <= 100
         await reader.aclose()
         await writer.aclose()
+
+    run(story)
+
+
+def test_a_segment_of_a_later_format_does_not_end_the_looking_for_dead_writers() -> None:
+    async def story() -> None:
+        world = World(adopt_seconds=5.0)
+        survivor, victim = await world.open(), await world.open(adopt_seconds=None)
+        await put(victim, range(4))
+        path = kill(world, victim)
+        segment = min(one for one in world.disk.files if one.startswith(path) and one.endswith(".seg"))
+        page = bytearray(world.disk.content(segment)[:PAGE_BYTES])
+        page[8] += 1
+        page[-4:] = crc32c.crc32c(bytes(page[:-4])).to_bytes(4, "little")
+        world.disk.poke(segment, 0, bytes(page))
+        await asyncio.sleep(LONG_S)
+        ids = await put(survivor, range(10, 14), prefix="after")
+        assert all(block_id in survivor for block_id in ids)
+        assert segment in world.disk.files
+        await survivor.aclose()
+        await cancel_others()
+
+    run(story)
+
+
+def test_a_removal_whose_sync_finds_no_room_is_no_end_of_the_keeper() -> None:
+    async def story() -> None:
+        world = World(disk_bytes=16 << 20, shm_bytes=4 << 20)
+        store = await world.open()
+        removed = False
+        failures = 0
+
+        def no_room(operation: Operation) -> OSError | None:
+            nonlocal removed, failures
+            if operation.name == "unlink" and operation.after and operation.path.endswith(".seg"):
+                removed = True
+            elif operation.name == "sync_directory" and not operation.after and removed:
+                removed, failures = False, failures + 1
+                return OSError(errno.ENOSPC, "no space", operation.path)
+            return None
+
+        world.storage.hooks.append(no_room)
+        for number in range(500):
+            await store.put(b"", pseudo_bytes(str(number), NBYTES))
+        await store.flush()
+        assert failures
+        check_invariants(store)
+        await store.aclose()
+
+    run(story)
+
+
+def test_nobody_waits_for_a_keeper_that_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        world = World(disk_bytes=16 << 20, shm_bytes=4 << 20)
+        store = await world.open()
+
+        async def unforeseen(self: SpaceKeeper, *, hurry: bool) -> bool:
+            if hurry:
+                raise RuntimeError("unforeseen")
+            return False
+
+        monkeypatch.setattr(SpaceKeeper, "_reclaim", unforeseen)
+
+        async def fill() -> None:
+            for number in range(800):
+                await store.put(b"", pseudo_bytes(str(number), NBYTES))
+                await store.flush()
+
+        with pytest.raises(ca.CascadeError):
+            await asyncio.wait_for(fill(), 3600)
+        with pytest.raises(ca.TierFullError):
+            await store.aclose()
 
     run(story)
