@@ -208,8 +208,8 @@ class Soak:
             self._service = await self._start_service()
             self._running = [await self._start_client() for _ in range(self._clients)]
             async with asyncio.timeout(START_SECONDS_MAX):
-                while not all(map(self._works, self._running)):
-                    await asyncio.sleep(0.05)
+                for process in self._running:
+                    await self._at_work(process)
             try:
                 async with asyncio.timeout(self._seconds):
                     async with asyncio.TaskGroup() as tasks:
@@ -250,6 +250,12 @@ class Soak:
         return await asyncio.create_subprocess_exec(
             *command, "--folder", str(self._folder), "--seed", str(seed), stdout=DEVNULL
         )
+
+    async def _at_work(self, process: Process) -> None:
+        works = False
+        while not works:
+            await asyncio.sleep(0.05)
+            works = self._works(process)
 
     def _works(self, process: Process) -> bool:
         return any(self._folder.glob(f"client-{process.pid}-*.log"))
