@@ -30,6 +30,7 @@ Family = Callable[["Scale"], list[Case]]
 def families() -> dict[str, Family]:
     """Name → cases of every family, in the order in which they run and are printed."""
     from bench.figures import (
+        arena_adoption,
         bound_put,
         cold_get,
         compaction,
@@ -62,4 +63,5 @@ def families() -> dict[str, Family]:
         "service_hot": service_hot.cases,
         "service_pairs": service_pairs.cases,
         "service_churn": service_churn.cases,
+        "arena_adoption": arena_adoption.cases,
     }
