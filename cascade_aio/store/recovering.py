@@ -31,9 +31,6 @@ from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.merging import PROVISIONAL
 
-APPLIED_PER_TURN = 32
-"""Facts applied between two turns of the loop, some 10 µs each: a footer has them by the hundred thousand."""
-
 TRIMMED_BLOCKS_MIN = 100_000
 """Opening more blocks than this leaves so much freed memory behind (80 bytes a block) that it is returned."""
 
@@ -85,8 +82,6 @@ async def take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
                     context.disk.table[fact.location.segment].refused = True
                 refused = error
             context.facts_applied += 1
-            if not context.facts_applied % APPLIED_PER_TURN:
-                await asyncio.sleep(0)
     context.merger.settle()
     if refused is not None:
         logger.warning("%d facts of the root are not known to this store: %s", context.facts_refused, refused)
