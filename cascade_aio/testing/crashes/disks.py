@@ -101,6 +101,8 @@ class LoopDisk(Disk):
                 yield
             finally:
                 self._filler.unlink()
+                # Else the next fault brings it back: a file system without its journal has not forgotten it.
+                _run("sync", "--file-system", str(self.place))
             return
         if fault == "read-only":
             device = os.stat(self.place).st_dev
