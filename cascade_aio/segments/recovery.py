@@ -326,8 +326,10 @@ class SegmentRecovery:
             trailer = await self._trailer(file, size)
         except OSError as exc:  # sealed or not: its records can be scanned
             problem = self._unread(size - PAGE_BYTES, PAGE_BYTES, f"trailer is {unreadable_reason(exc)}")
-            if entry.own:  # the end of another writer's segment may just have been cut off
+            if entry.own or entry.sealed:  # the end of another writer's open segment may just have been cut off
                 yield problem
+            if entry.sealed:
+                end = min(end, entry.data_end)  # an earlier look has read it: behind are the footer's bytes, not damage
         if trailer is not None:
             entry.sealed, entry.size_bytes = True, size
             entry.record_bytes, end = trailer.data_end - PAGE_BYTES, trailer.data_end
@@ -403,7 +405,7 @@ class SegmentRecovery:
             while held and _end_of(held[0]) <= synced:
                 for fact in self._accept(held.popleft(), provisional=False):
                     yield fact
-        entry.size_bytes, entry.record_bytes = end, position - PAGE_BYTES
+        self._note_extent(position, end)
         if verify:
             async for fact in self._verified_tail(file, held, synced):
                 yield fact
@@ -416,6 +418,11 @@ class SegmentRecovery:
             if isinstance(item, fmt.RecordHeader) or item.offset < synced:
                 for fact in self._accept(item, provisional=True):
                     yield fact
+
+    def _note_extent(self, data_end: int, end: int) -> None:
+        """An open segment was scanned. Of a sealed one the trailer has said it, whatever is damaged at its end."""
+        if not self._entry.sealed:
+            self._entry.size_bytes, self._entry.record_bytes = end, data_end - PAGE_BYTES
 
     def _is_end(self, gap: Gap, *, verify: bool) -> bool:
         """Whether nothing comes here, and nothing is known to have been here."""

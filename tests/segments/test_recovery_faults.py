@@ -177,6 +177,47 @@ async def test_another_writers_unreadable_segment_is_read_again_by_refresh() -> 
     await process.table.aclose()
 
 
+async def test_a_footer_is_no_damage_to_a_look_that_cannot_read_the_trailer() -> None:
+    """Its segment is known to be sealed, from an earlier look that could not read the footer."""
+    storage, blocks = await crashed(sealed_sessions=1)
+    again = MemoryStorage(storage.disk)
+    process = await start(again, host="elsewhere")
+    path = min(bytes_of(storage))
+    size = len(storage.disk.content(path))
+    end = blocks[COUNT - 1].locations[0].page * PAGE_BYTES + blocks[COUNT - 1].record_bytes
+    told: set[bytes] = set()
+    looks = ((end, process.facts), (size - PAGE_BYTES, process.refresh), (size - PAGE_BYTES, process.refresh))
+    for bad, facts_of in looks:
+
+        def covers_bad(operation: Operation, bad: int = bad) -> bool:
+            return operation.path == path and operation.offset <= bad < operation.offset + operation.nbytes
+
+        again.hooks = [failing(covers_bad)]
+        facts = await facts_of()
+        told |= set(blocks_of(facts))
+        assert [(fact.offset, fact.unreadable) for fact in damages(facts)] == [(bad, True)]
+        entry = next(entry for entry in process.table if entry.path == path)
+        assert (entry.sealed, entry.unreadable, entry.data_end, entry.size_bytes) == (True, True, end, size)
+    again.hooks.clear()
+    assert told == {block.block_id for block in blocks}
+    assert not damages(await process.refresh())
+    assert not any(entry.unreadable for entry in process.table)
+    await process.table.aclose()
+
+
+async def test_a_sealed_segment_is_as_long_as_it_is_when_its_last_record_and_its_footer_are_lost() -> None:
+    storage, blocks = await crashed(sealed_sessions=1)
+    path = min(bytes_of(storage))
+    size = len(storage.disk.content(path))
+    last = blocks[COUNT - 1].locations[0].page * PAGE_BYTES
+    end = last + blocks[COUNT - 1].record_bytes
+    storage.disk.poke(path, last, b"no record")
+    storage.disk.poke(path, end, b"no footer")
+    process, found, reported = await look(storage)
+    assert (len(found), reported) == (2 * COUNT - 1, 2)
+    assert (process.table[0].data_end, process.table[0].size_bytes) == (end, size)
+
+
 async def test_the_facts_of_a_segment_that_is_to_be_removed_are_all_of_them_or_an_error() -> None:
     storage, blocks = await crashed(sealed_sessions=1)
     process, _, _ = await look(storage)

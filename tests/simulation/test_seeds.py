@@ -7,7 +7,9 @@ import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.model import compute_block_id, prefix_keys
+from cascade_aio.testing.memory import Operation
 from cascade_aio.testing.world import World, cancel_others, fail_with, pseudo_bytes, virtual_loop
 
 
@@ -149,5 +151,37 @@ def test_verify_does_not_doubt_what_is_written_while_it_reads() -> None:
         assert (await verifying).clean
         assert block_id in store
         await store.aclose()
+
+    run(story)
+
+
+def test_a_footer_is_not_reported_as_damage_when_the_trailer_behind_it_cannot_be_read() -> None:
+    """Seed 400: one look could not read the footer, the next not the trailer, and took the footer for a lost record."""
+
+    async def story() -> None:
+        world = World()
+        reader, writer = await world.open(), await world.open()
+        storage = world.storages[0]
+        block_id = await writer.put(b"key", pseudo_bytes("value", 60_000))
+        await writer.aclose()
+        (path,) = (path for path in world.disk.files if path.endswith(".seg"))
+        size = len(world.disk.content(path))
+        for bad in (size - 2 * PAGE_BYTES, size - PAGE_BYTES):
+
+            def fail(operation: Operation, bad: int = bad) -> OSError | None:
+                hit = operation.name == "read" and operation.offset <= bad < operation.offset + operation.nbytes
+                return OSError(errno.EIO, "read failed", path) if hit and operation.path == path else None
+
+            storage.hooks[:] = [fail]
+            await reader.refresh()
+            assert block_id in reader
+        storage.hooks.clear()
+        reports = reader.statistics()["damage"]
+        assert reports
+        assert all("unreadable" in report for report in reports), reports
+        await reader.refresh()
+        report = await reader.verify()
+        assert (report.damage, report.inconsistent) == ((), ())
+        await reader.aclose()
 
     run(story)
