@@ -307,17 +307,15 @@ class Compactor:
         context, error = self._context, item.outcome
         assert isinstance(error, Exception), item
         entry = context.disk.table.get(item.location.segment)
-        if isinstance(error, FileNotFoundError):  # somebody removed the file by hand
-            context.catalog.unplace(row)
+        if isinstance(error, CorruptionError):
+            if entry is not None:
+                entry.damaged = True
+            self.counters.damaged_records += 1
+            context.report_damage(error)
+        elif not isinstance(error, FileNotFoundError):  # else somebody removed the file by hand
+            if entry is not None:
+                self._set_aside(entry, error)
             return
-        if entry is None:
-            return
-        if not isinstance(error, CorruptionError):
-            self._set_aside(entry, error)
-            return
-        entry.damaged = True
-        self.counters.damaged_records += 1
-        context.report_damage(error)
         copy = context.catalog.copies.get(row)
         if copy is not None and not context.closed:
             context.append_again(copy)

@@ -236,3 +236,24 @@ def test_nobody_waits_for_a_keeper_that_has_died(monkeypatch: pytest.MonkeyPatch
             await store.aclose()
 
     run(story)
+
+
+def test_what_the_arena_has_of_a_file_that_somebody_removed_is_written_again() -> None:
+    async def story() -> None:
+        world = World(shm_bytes=4 << 20, compaction_bandwidth=0)
+        store = await world.open()
+        ids = await put(store, range(30))
+        await store._context.disk.writer.rotate()
+        for block_id in ids[:8]:
+            await store.delete(block_id)
+        await store.flush()
+        del world.disk.files[min(entry.path for entry in store._context.disk.table)]
+        await store.compact()
+        await store.flush()
+        await store.aclose()
+        store = await world.open()
+        assert [block_id in store for block_id in ids] == 8 * [False] + 22 * [True]
+        check_invariants(store)
+        await store.aclose()
+
+    run(story)
