@@ -250,7 +250,7 @@ class Publisher:
             self.tick()
 
     def tick(self) -> None:
-        """One look: uses to the policy, what was let go back to it. Below a millisecond."""
+        """One look: uses to the policy, what was let go back to it. O(tables, uses harvested, lent copies)."""
         catalog, directory = self._catalog, self._directory
         directory.set_blocks(len(catalog.index))
         for slot in directory.harvest():

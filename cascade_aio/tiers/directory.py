@@ -74,7 +74,7 @@ class ClientPins:
             raise LeaseError(str(error)) from None
 
     def pinned(self) -> Iterator[int]:
-        """Slots that have a pin now: looks at the whole table (about 10 µs per 10,000 slots)."""
+        """Slots that have a pin now: looks at the whole table."""
         start, slots = 0, self.table.slots
         while start < slots:
             found, start = self.table.held(start)
@@ -365,7 +365,7 @@ class ArenaDirectory:
         return [client for client in self._clients if not client.former]
 
     def pinned_bytes(self, client: ClientPins) -> int:
-        """Bytes of arena that the client has pinned: as ``ClientPins.pinned``, and 2 µs per slot."""
+        """Bytes of arena that the client has pinned: looks at the whole table."""
         entries = (self.entry(slot) for slot in client.pinned())
         return sum(entry.header_bytes + entry.value_offset + entry.value_bytes for entry in entries)
 
