@@ -19,6 +19,16 @@ from bench.scale import FULL, QUICK, REPEATS_MIN
 RESULTS = REPOSITORY / "bench" / "results"
 SEED = 20_240_229
 
+FAMILY_GROUPS = {
+    "prefetch": "prefetch",
+    "compaction": "space",
+    "service_hot": "service",
+    "service_pairs": "service",
+    "service_churn": "service",
+    "arena_adoption": "service",
+}
+"""Families whose rows make up a group of ``table.GROUPS``."""
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
@@ -30,7 +40,7 @@ def run(
     ] = pathlib.Path(),
     out: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Result file; default: engine-<date>.json, or prefetch-<date>.json for --figures prefetch."),
+        typer.Option(help="Result file; default: engine-<date>.json, or GROUP-<date>.json for figures of one group."),
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Repetitions of each side of a pair; 5 or more.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all block bytes.")] = SEED,
@@ -46,12 +56,12 @@ def run(
             raise BenchError("--quick needs --out: its numbers do not belong beside real ones")
         if not quick and repeats is not None and repeats < REPEATS_MIN:
             raise BenchError(f"--repeats {repeats} is below {REPEATS_MIN}: a median of fewer says nothing")
-        kind = "prefetch" if figures == "prefetch" else "engine"
+        names = [name for name in figures.split(",") if name]
         runner.run(
-            out=out or RESULTS / f"{kind}-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json",
+            out=out or RESULTS / f"{_kind(names)}-{datetime.datetime.now(datetime.UTC).date().isoformat()}.json",
             scratch=directory,
             scale=scale,
-            names=[name for name in figures.split(",") if name],
+            names=names,
             repeats=repeats or scale.repeats,
             seed=seed,
             io_backend=io_backend,
@@ -75,14 +85,22 @@ def write_table(
     """Put the tables of the newest result files into README.md."""
     try:
         chosen = [results.load(result or results.newest(RESULTS))]
-        if not result and any(RESULTS.glob(results.PREFETCH_GLOB)):  # a file of its own goes before rows of a whole run
-            ahead = results.load(results.newest(RESULTS, results.PREFETCH_GLOB))
-            chosen = [table.only(chosen[0], ahead=False), ahead]
+        patterns = {group: f"{group}-*.json" for group in table.GROUPS}
+        own = [] if result else [group for group, pattern in patterns.items() if any(RESULTS.glob(pattern))]
+        if own:  # a file of its own goes before rows of a whole run
+            chosen = [table.only(chosen[0], {None, *table.GROUPS} - set(own))]
+            chosen += [results.load(results.newest(RESULTS, patterns[group])) for group in own]
         for file in chosen:
             table.update(readme, file, check=check)
     except BenchError as error:
         Console(stderr=True).print(f"bench: {error}", markup=False, highlight=False)
         raise typer.Exit(1) from error
+
+
+def _kind(names: list[str]) -> str:
+    """How the result file of these families is called."""
+    kinds = {FAMILY_GROUPS.get(name, "engine") for name in names} or {"engine"}
+    return kinds.pop() if len(kinds) == 1 else "engine"
 
 
 def _published(arguments: list[str]) -> list[str]:

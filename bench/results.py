@@ -23,7 +23,6 @@ from bench.samples import Spread, paired_ratios, spread
 FORMAT = 1
 """Raised when the meaning of a field changes; files of another format are refused."""
 RESULT_GLOB = "engine-*.json"
-PREFETCH_GLOB = "prefetch-*.json"
 
 Scalar = str | int | float | bool | None
 

@@ -7,6 +7,7 @@ that could not run. Between two marker comments the README belongs to this modul
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Collection
 
 import msgspec
 
@@ -16,10 +17,13 @@ from bench.samples import Spread
 
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
-PREFETCH_BEGIN = "<!-- prefetch:begin -->"
-PREFETCH_END = "<!-- prefetch:end -->"
-"""Where the README has these two as well, the figures of reading ahead stand there instead."""
-_PREFETCH = "prefetch_"
+GROUPS = {
+    "prefetch": ("prefetch_",),
+    "space": ("compaction_get", "write_amplification", "open_after_crash"),
+    "service": ("service", "arena_"),
+}
+"""Figures with a table of their own where the README has the markers for it, by how their names begin. A result
+file ``GROUP-<date>.json`` holds such figures only."""
 _HEAD = (
     "| figure | block | measured | limit of the machine | reached (min–max) | target | |",
     "| --- | --- | --- | --- | --- | --- | --- |",
@@ -29,7 +33,7 @@ _VERDICTS = {"met": "✓", "missed": "✗ missed", "shown": ""}
 
 def render(result: ResultFile) -> str:
     """The table and one line on how it was measured, without the markers."""
-    if result.rows and all(row.figure.startswith(_PREFETCH) for row in result.rows):
+    if result.rows and all(group_of(row.figure) == "prefetch" for row in result.rows):
         ahead = prefetch_table.render(
             result.rows, result.not_run, number=_number, size=_size, verdict=lambda row: _VERDICTS[row.verdict()]
         )
@@ -46,32 +50,45 @@ def in_step(readme: str, result: ResultFile) -> bool:
 
 
 def replace(readme: str, result: ResultFile) -> str:
-    """``readme`` with the table of ``result`` between the markers. Raises ``BenchError`` without them."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    """``readme`` with the tables of ``result`` between their markers. Raises ``BenchError`` without them.
+
+    A group that ``result`` has no rows of keeps the table that stands there.
+    """
+    if BEGIN not in readme:
         raise BenchError(f"README.md has no {BEGIN} … {END}: put the two lines where the table belongs")
-    if PREFETCH_BEGIN not in readme:
-        return f"{before}{BEGIN}\n{render(result)}\n{END}{after}"
-    ahead, others = only(result, ahead=True), only(result, ahead=False)
-    text = readme
-    if others.rows or others.not_run:
-        text = f"{before}{BEGIN}\n{render(others)}\n{END}{after}"
-    if not ahead.rows and not ahead.not_run:
-        return text  # this run did not measure it: what stands there stays
-    before, _, rest = text.partition(PREFETCH_BEGIN)
-    _, end, after = rest.partition(PREFETCH_END)
+    own = [group for group in GROUPS if marker(group) in readme]
+    parts = {group: only(result, {group}) for group in own}
+    parts["bench"] = only(result, {None, *GROUPS} - set(own))
+    for group, part in parts.items():
+        if part.rows or part.not_run or (group == "bench" and not own):
+            readme = _put(readme, group, render(part))
+    return readme
+
+
+def marker(group: str) -> str:
+    """The line of the README behind which a group's table begins."""
+    return f"<!-- {group}:begin -->"
+
+
+def _put(readme: str, group: str, text: str) -> str:
+    before, begin, rest = readme.partition(marker(group))
+    _, end, after = rest.partition(f"<!-- {group}:end -->")
     if not end:
-        raise BenchError(f"README.md has {PREFETCH_BEGIN} and no {PREFETCH_END} behind it")
-    return f"{before}{PREFETCH_BEGIN}\n{render(ahead)}\n{PREFETCH_END}{after}"
+        raise BenchError(f"README.md has {begin} and no <!-- {group}:end --> behind it")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def only(result: ResultFile, *, ahead: bool) -> ResultFile:
-    """``result`` with the rows about reading ahead, or with all others."""
+def group_of(figure: str) -> str | None:
+    """The group a figure belongs to, ``None`` for those of the engine."""
+    return next((group for group, names in GROUPS.items() if figure.startswith(names)), None)
+
+
+def only(result: ResultFile, groups: Collection[str | None]) -> ResultFile:
+    """``result`` with the rows of these groups."""
     return msgspec.structs.replace(
         result,
-        rows=[row for row in result.rows if row.figure.startswith(_PREFETCH) is ahead],
-        not_run=[row for row in result.not_run if row.figure.startswith(_PREFETCH) is ahead],
+        rows=[row for row in result.rows if group_of(row.figure) in groups],
+        not_run=[row for row in result.not_run if group_of(row.figure) in groups],
     )
 
 

@@ -81,7 +81,7 @@ def test_reading_ahead_has_a_table_of_its_own_and_leaves_the_other_alone(sample:
     )
     layer = msgspec.structs.replace(sample.rows[1], figure="prefetch_first_layer")
     ahead = msgspec.structs.replace(sample, rows=[decode, layer], not_run=[])
-    readme = f"{README}{table.PREFETCH_BEGIN}\nnone\n{table.PREFETCH_END}\n"
+    readme = f"{README}{table.marker('prefetch')}\nnone\n<!-- prefetch:end -->\n"
     text = table.replace(readme, ahead)
     assert text.startswith(README), "a file without other rows does not empty their table"
     lines = [line for line in text[len(README) :].splitlines() if line.startswith("|")]
@@ -91,7 +91,7 @@ def test_reading_ahead_has_a_table_of_its_own_and_leaves_the_other_alone(sample:
     assert f"{layer.title}, " in text
     assert table.in_step(text, ahead)
     both = table.replace(text, sample)
-    assert table.PREFETCH_BEGIN in both
+    assert table.marker("prefetch") in both
     assert lines[2] in both, "and the other way round"
 
 
@@ -109,7 +109,7 @@ def test_a_file_of_its_own_goes_before_rows_of_a_whole_run(
     results.save(tmp_path / "prefetch-1.json", own)
     monkeypatch.setattr("bench.app.RESULTS", tmp_path)
     readme = tmp_path / "README.md"
-    readme.write_text(f"{README}{table.PREFETCH_BEGIN}\nnone\n{table.PREFETCH_END}\n", encoding="utf-8")
+    readme.write_text(f"{README}{table.marker('prefetch')}\nnone\n<!-- prefetch:end -->\n", encoding="utf-8")
     runner = CliRunner()
     assert runner.invoke(app, ["table", "--readme", str(readme)]).exit_code == 0
     text = readme.read_text(encoding="utf-8")

@@ -385,7 +385,7 @@ def test_verify_reports_a_segment_that_cannot_be_opened() -> None:
         world.storage.hooks.append(fail_with(errno.EACCES, "open"))
         report = await store.verify()
         (unreadable,) = report.unreadable
-        assert unreadable
+        assert unreadable.path is not None
         assert report.damage == ()
         async with store.get(ca.compute_block_id(*block("a"))) as found:  # nothing is distrusted for it
             assert (bytes(found.key), bytes(found.value)) == block("a")
