@@ -2,6 +2,9 @@
 
 Used by recovery, by ``refresh`` and for what this store deletes itself. Facts come in any order and
 from any number of writers; ``FactMerger`` (segments) holds the rule, this module acts on it.
+
+Invariant: in whatever order, a block is there if a record of it that was told is newer than its tombstones. So what
+gives way to a durable record, but is newer, is remembered: a tombstone between the two may be told last.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from cascade_aio.segments.facts import (
     DamageFact,
     Fact,
     FactMerger,
+    Location,
     LostFact,
     TombstoneFact,
     VanishedFact,
@@ -26,6 +30,10 @@ from cascade_aio.store.catalog import Catalog
 
 PENDING_BINDINGS_MAX = 1_000_000
 """Bindings that wait for their block's record or for their name; beyond, the newest are dropped (a miss)."""
+
+STANDBYS_MAX = 10_000
+"""Blocks of which a second record is remembered, those told last; beyond, a deletion between the two makes the block a
+miss until the next look."""
 
 
 class _Name(NamedTuple):
@@ -68,6 +76,8 @@ class CatalogMerger:
         self._pending: dict[bytes, list[_Name]] = {}
         self._rivals: dict[bytes, list[_Name]] = {}
         self._pending_count = 0
+        self._standbys: dict[bytes, BlockFact] = {}
+        """By block: the newest record that is not known to be durable and gave way to another, until it is."""
         self.facts = FactMerger()
         self.conflicts = 0
         self.hearsay = False
@@ -120,10 +130,24 @@ class CatalogMerger:
         if catalog.newest_stamp(row) <= stamp:
             newer = catalog.index.bindings_newer_than(row, stamp)
             catalog.drop_row(row)
-            for name in newer:  # they speak of a record that is still to be read
+            for name in newer:  # they speak of a record that is still to be read, or of the one that stands by
                 self._binding(_Name(block_id, *name))
+            standby = self._standbys.pop(block_id, None)
+            if standby is not None and catalog.segments.get(standby.location.segment) is not None:
+                self._block(standby)
         else:  # put again since: but its names of before stay deleted
             catalog.index.unbind_until(row, stamp)
+
+    def delete(self, row: int, stamp: int) -> int:
+        """This store deletes a block with all of its names. The stamp of the deletion: ``stamp``, or that of the
+        newest record known, if the wall clock was set back or another writer's is ahead."""
+        catalog = self._catalog
+        block_id = catalog.index.block_id(row)
+        standby = self._standbys.pop(block_id, None)
+        stamp = max(stamp, catalog.newest_stamp(row), 0 if standby is None else standby.stamp)
+        catalog.drop_row(row)
+        self.facts.bury(block_id, stamp)
+        return stamp
 
     def _block(self, fact: BlockFact) -> int:
         catalog = self._catalog
@@ -138,17 +162,30 @@ class CatalogMerger:
         if fresh:
             row = catalog.index.add(fact.digest, fact.key_bytes, fact.value_bytes)
         index = catalog.index
-        sure = index.location(row) is not None and not index.flags(row) & PROVISIONAL
+        before = index.location(row)
+        sure = before is not None and not index.flags(row) & PROVISIONAL
         stamp = max(fact.stamp, index.stamp(row)) if sure else fact.stamp
+        if not fact.provisional and (standby := self._standbys.get(fact.block_id)) and standby.stamp <= stamp:
+            del self._standbys[fact.block_id]
         if self._takes_place(row, fact):
+            if before is not None and not sure and index.stamp(row) > stamp:
+                self._stand_by(fact._replace(location=Location(*before), stamp=index.stamp(row), provisional=True))
             catalog.place(row, fact.location, stamp)
             index.set_flags(row, PROVISIONAL if fact.provisional else 0)
-        elif sure and not fact.provisional:
+        elif fact.provisional:
+            self._stand_by(fact)
+        elif sure:
             catalog.note_stamp(row, stamp)
         for waiting in self._pending.pop(fact.block_id, ()):
             self._pending_count -= 1
             self._binding(waiting)
         return int(fresh)
+
+    def _stand_by(self, fact: BlockFact) -> None:
+        known = self._standbys.pop(fact.block_id, None)
+        if len(self._standbys) >= STANDBYS_MAX:
+            del self._standbys[next(iter(self._standbys))]
+        self._standbys[fact.block_id] = fact if known is None or known.stamp <= fact.stamp else known
 
     def _takes_place(self, row: int, fact: BlockFact) -> bool:
         """Whether the record of ``fact`` is the one to be read from now on.

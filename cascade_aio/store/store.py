@@ -249,12 +249,9 @@ class Store:
         """
         self._context.check_writable()
         row = self._getter.resolve(name)
-        catalog = self._context.catalog
-        block_id = catalog.index.block_id(row)
+        block_id = self._context.catalog.index.block_id(row)
         self._context.counters.deletes += 1
-        stamp = max(self._context.disk.stamp(), catalog.newest_stamp(row))  # the wall clock may have been set back
-        catalog.drop_row(row)
-        self._context.merger.facts.bury(block_id, stamp)
+        stamp = self._context.merger.delete(row, self._context.disk.stamp())
         self._context.disk.append_tombstone(block_id, stamp)
 
     def prefetch(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+import pytest
 
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.model import compute_block_id, prefix_keys
@@ -183,5 +186,42 @@ def test_a_footer_is_not_reported_as_damage_when_the_trailer_behind_it_cannot_be
         report = await reader.verify()
         assert (report.damage, report.inconsistent) == ((), ())
         await reader.aclose()
+
+    run(story)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_deletion_does_not_take_what_was_put_after_it_along_in_whatever_order_they_are_read(
+    order: tuple[int, int, int],
+) -> None:
+    """Seed 385: the put had given way to an older record, which is known to be durable; then the deletion was read."""
+
+    async def story() -> None:
+        world = World(tail_seconds_max=0.05)
+        (name,) = prefix_keys(range(1), block_tokens=1)
+        value = pseudo_bytes("value", 60_000)
+        stores = sorted([await world.open() for _ in order], key=lambda store: store._context.writer)  # as it is listed
+        first, deleter, second = (stores[index] for index in order)
+        block_id = await first.put(b"key", value)
+        await first.aclose()  # sealed: this record is durable beyond doubt
+        await deleter.refresh()
+        await deleter.delete(block_id)
+        await asyncio.sleep(1.0)
+        assert await second.put(b"key", value, prefix=name) == block_id  # knows neither of the two
+        await second.flush()
+        store = await world.open()
+        for _ in range(2):
+            assert block_id in store
+            assert name in store
+            async with store.get(name) as block:
+                assert bytes(block.value) == value
+            await store.refresh()
+        await store.delete(block_id)
+        await store.flush()
+        await kill(world)
+        store = await world.open()
+        assert block_id not in store
+        assert name not in store
+        await store.aclose()
 
     run(story)

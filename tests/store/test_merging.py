@@ -1,0 +1,105 @@
+"""What is known does not depend on the order in which it was told."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import pytest
+
+from cascade_aio.segments.facts import BlockFact, Fact, Location, TombstoneFact, VanishedFact
+from cascade_aio.segments.format import SegmentIdentity
+from cascade_aio.store import merging
+from cascade_aio.store.catalog import Catalog
+from cascade_aio.store.merging import PROVISIONAL
+from cascade_aio.store.store import Store
+from cascade_aio.testing.world import World, check_invariants
+from tests.store.test_adopting import run
+
+DIGEST = hashlib.sha256(b"a block").digest()
+BLOCK_ID = DIGEST[:16]
+
+
+def segment_of(store: Store, writer: int, *, own: bool = False) -> int:
+    return store._context.disk.table.add(SegmentIdentity(bytes([writer]) * 16, 1), own=own).number
+
+
+def record(segment: int, stamp: int, *, provisional: bool) -> BlockFact:
+    return BlockFact(Location(segment, 1, 1), 8192, DIGEST, 100, 1000, stamp, provisional)
+
+
+def deletion(segment: int, stamp: int) -> TombstoneFact:
+    return TombstoneFact(Location(segment, 3, 1), BLOCK_ID, stamp, True)
+
+
+def told(store: Store, facts: list[Fact]) -> Catalog:
+    for fact in facts:
+        store._context.merger.apply(fact)
+        check_invariants(store)
+    store._context.merger.settle()
+    return store._context.catalog
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_record_that_may_vanish_and_is_newer_than_a_deletion_survives_it(
+    order: tuple[int, int, int], own: bool
+) -> None:
+    async def story() -> None:
+        store = await World().open()
+        old, new = segment_of(store, 1, own=own), segment_of(store, 2)
+        facts: list[Fact] = [record(old, 10, provisional=False), deletion(new, 20), record(new, 30, provisional=True)]
+        catalog = told(store, [facts[index] for index in order])
+        row = catalog.index.find(BLOCK_ID)
+        assert catalog.index.location(row) == Location(new, 1, 1)
+        assert catalog.index.flags(row) & PROVISIONAL, "whoever puts it again has to write it"
+        told(store, [deletion(new, 30)])
+        assert catalog.index.find(BLOCK_ID) < 0
+        await store.aclose()
+
+    run(story)
+
+
+@pytest.mark.parametrize("told_later", ["as durable", "vanished", "deleted"])
+def test_a_record_that_stands_by_is_forgotten_once_it_is_not_needed(told_later: str) -> None:
+    async def story() -> None:
+        store = await World().open()
+        merger = store._context.merger
+        old, new = segment_of(store, 1), segment_of(store, 2)
+        catalog = told(store, [record(old, 10, provisional=False), record(new, 30, provisional=True)])
+        row = catalog.index.find(BLOCK_ID)
+        assert catalog.index.location(row) == Location(old, 1, 1), "read from where it is durable"
+        assert len(merger._standbys) == 1
+        if told_later == "as durable":
+            told(store, [record(new, 30, provisional=False)])
+        elif told_later == "vanished":
+            await store._context.disk.table.forget(new)
+            told(store, [VanishedFact(new)])
+        else:
+            assert merger.delete(row, 15) == 30, "older than what it deletes"
+            told(store, [record(new, 30, provisional=True)])
+        told(store, [deletion(old, 20)])
+        assert not merger._standbys
+        assert (catalog.index.find(BLOCK_ID) >= 0) is (told_later == "as durable")
+        await store.aclose()
+
+    run(story)
+
+
+def test_of_more_than_may_stand_by_those_told_last_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        monkeypatch.setattr(merging, "STANDBYS_MAX", 2)
+        store = await World().open()
+        old, new = segment_of(store, 1), segment_of(store, 2)
+        digests = [hashlib.sha256(b"%d" % number).digest() for number in range(3)]
+        late: list[Fact] = []
+        for digest in digests:
+            late.append(record(new, 30, provisional=True)._replace(digest=digest))
+            told(store, [record(old, 10, provisional=False)._replace(digest=digest), late[-1]])
+        catalog = told(store, [deletion(new, 20)._replace(block_id=digest[:16]) for digest in digests])
+        assert [catalog.index.find(digest[:16]) >= 0 for digest in digests] == [False, True, True]
+        told(store, late)  # the next look
+        assert all(catalog.index.find(digest[:16]) >= 0 for digest in digests)
+        await store.aclose()
+
+    run(story)
