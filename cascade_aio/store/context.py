@@ -266,12 +266,11 @@ class StoreContext:
         copy.stamp = stamp
 
         def durable(location: Location) -> None:
-            index, row = self.catalog.index, copy.row
-            before = None if row < 0 else index.location(row)
-            # An own record takes the place of another writer's, whatever their stamps: see ``CatalogMerger``.
-            if row >= 0 and (before is None or index.stamp(row) <= stamp or not self.catalog.is_own(before[0])):
-                self.catalog.place(row, location, max(stamp, index.stamp(row)))
-                index.set_flags(row, 0)
+            if copy.row >= 0:
+                nbytes = copy.extent.nbytes
+                self.merger.apply(
+                    BlockFact(location, nbytes, copy.digest, copy.key_bytes, copy.value_bytes, stamp, provisional=False)
+                )
             self._written(copy)
 
         def failed(error: BaseException) -> None:
@@ -334,7 +333,11 @@ class StoreContext:
         self.on_written()
 
     def report_damage(self, error: CorruptionError) -> None:
+        """Count and keep ``error``; its segment, if it is ours, stays until ``repair`` has set the record aside."""
         self.counters.damaged += 1
+        for entry in self.disk.table:
+            if entry.path == error.path:
+                entry.damaged = True
         self.damage.append(copied(error))  # not the one that is raised: its traceback would pin what readers hold
         logger.warning("damaged record: %s", error)
 

@@ -269,6 +269,7 @@ class Verifier:
                 self._distrust(entry, page * PAGE_BYTES, (page + 1) * PAGE_BYTES)
 
     def _distrust(self, entry: SegmentEntry, start: int, end: int) -> None:
+        entry.damaged = True  # the bytes stay for ``repair``; a read that was wrong once costs no sound record
         for row, _ in rows_between(self.context, entry, start, end):
             self._distrust_row(row)
 

@@ -257,3 +257,39 @@ def test_what_the_arena_has_of_a_file_that_somebody_removed_is_written_again() -
         await store.aclose()
 
     run(story)
+
+
+@pytest.mark.parametrize("how", ["get", "verify"])
+def test_a_read_that_was_wrong_once_costs_no_sound_record(how: str) -> None:
+    """The block is a miss, and its segment stays as it is: the next opening finds every byte."""
+
+    async def story() -> None:
+        world = World()
+        store = await world.open()
+        ids = await put(store, range(40))
+        await store.aclose()
+        store = await world.open()
+        block_id = ids[0]
+        index = store._context.catalog.index
+        location = index.location(index.find(block_id))
+        assert location is not None
+        entry = store._context.disk.table[location[0]]
+        place = location[1] * PAGE_BYTES + 2 * PAGE_BYTES
+        world.disk.flip_bit(entry.path, 8 * place)
+        if how == "get":
+            with pytest.raises(ca.CorruptionError):
+                await store.get(block_id)
+        else:
+            assert len((await store.verify()).damage) == 1
+        world.disk.flip_bit(entry.path, 8 * place)
+        for other in ids[1:]:
+            await store.delete(other)
+        await store.flush()
+        await asyncio.sleep(LONG_S)
+        assert entry.path in world.disk.files
+        await store.aclose()
+        store = await world.open()
+        await expect(store, ids[:1])
+        await store.aclose()
+
+    run(story)
