@@ -243,7 +243,7 @@ class Catalog:
             self.publisher.awaken(copy)
 
     def reject(self, copy: Copy) -> None:
-        """A dormant copy is damaged; its row goes too if the block is nowhere else."""
+        """A copy does not count (a dormant one: it is damaged); its row goes too if the block is nowhere else."""
         row = copy.row
         self._detach(copy, CopyEvent.LOSE)
         self._forget_if_gone(row)

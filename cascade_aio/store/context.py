@@ -18,7 +18,7 @@ from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import StoreConfig
 from cascade_aio.core.lifecycle import CopyEvent, CopyState, advance
 from cascade_aio.errors import CascadeError, ClosedError, ConfigError, CorruptionError, InternalError, TierStalledError
-from cascade_aio.segments.facts import Location
+from cascade_aio.segments.facts import BlockFact, Location
 from cascade_aio.segments.format import Binding, bindings_room
 from cascade_aio.segments.pending import PendingRecord
 from cascade_aio.segments.recovery import Recovery

@@ -1,6 +1,6 @@
 """From what segments say to what the catalog knows: the one place where facts become state.
 
-Used by recovery, by ``refresh`` and for what this store deletes itself. Facts come in any order and
+Used by recovery, by ``refresh`` and for what this store writes and deletes itself. Facts come in any order and
 from any number of writers; ``FactMerger`` (segments) holds the rule, this module acts on it.
 
 Invariant: in whatever order, a block is there if a record of it that was told is newer than its tombstones. So what
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.core.lifecycle import CopyState
 from cascade_aio.errors import CorruptionError, DigestConflictError
 from cascade_aio.segments.facts import (
     BindingFact,
@@ -137,6 +138,9 @@ class CatalogMerger:
                 self._block(standby)
         else:  # put again since: but its names of before stay deleted
             catalog.index.unbind_until(row, stamp)
+            copy = catalog.copies.get(row)
+            if copy is not None and copy.state is CopyState.COPYING and copy.stamp <= stamp:
+                catalog.reject(copy)  # deleted on its way to the disk: who puts the block again has to write it again
 
     def delete(self, row: int, stamp: int) -> int:
         """This store deletes a block with all of its names. The stamp of the deletion: ``stamp``, or that of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 
@@ -13,7 +14,8 @@ from cascade_aio.store import merging
 from cascade_aio.store.catalog import Catalog
 from cascade_aio.store.merging import PROVISIONAL
 from cascade_aio.store.store import Store
-from cascade_aio.testing.world import World, check_invariants
+from cascade_aio.testing.memory import MemoryStorage
+from cascade_aio.testing.world import World, check_invariants, pseudo_bytes
 from tests.store.test_adopting import run
 
 DIGEST = hashlib.sha256(b"a block").digest()
@@ -100,6 +102,51 @@ def test_of_more_than_may_stand_by_those_told_last_do(monkeypatch: pytest.Monkey
         assert [catalog.index.find(digest[:16]) >= 0 for digest in digests] == [False, True, True]
         told(store, late)  # the next look
         assert all(catalog.index.find(digest[:16]) >= 0 for digest in digests)
+        await store.aclose()
+
+    run(story)
+
+
+@pytest.mark.parametrize(
+    "written", ["before the deletion is heard of", "before it is put again", "after it is put again"]
+)
+def test_an_own_record_that_a_deletion_covers_is_no_reason_not_to_write_again(written: str) -> None:
+    """Known to be live was another writer's alone, of which nothing was left after the loss of power."""
+
+    async def story() -> None:
+        world = World(tail_seconds_max=1000.0)
+        writer, deleter = sorted([await world.open() for _ in range(2)], key=lambda other: other._context.writer)
+        store = await world.open()
+        value = pseudo_bytes("value", 60_000)
+        block_id = await store.put(b"key", value)
+        assert await deleter.put(b"key", value) == block_id
+        await deleter.delete(block_id)
+        await writer.put(b"first", b"")
+        await writer.flush()
+        storage = writer._context.platform.storage
+        assert isinstance(storage, MemoryStorage)
+        storage.hooks.append(lambda operation: asyncio.sleep(1000) if operation.name == "sync" else None)
+        await writer.put(b"key", value)  # newer than the deletion, written, and never on stable storage
+        flushing = asyncio.ensure_future(writer.flush())
+        await asyncio.sleep(1.0)
+        assert not flushing.done()
+        if written == "before the deletion is heard of":
+            await store.refresh()
+            await store.flush()
+        await deleter.flush()
+        await store.refresh()  # tells the newer record before the deletion
+        assert block_id in store
+        check_invariants(store)
+        if written == "before it is put again":
+            await store.flush()
+        await store.put(b"key", value)  # knows of the deletion
+        check_invariants(store)
+        await store.flush()
+        check_invariants(store)
+        await world.crash()
+        store = await world.open()
+        async with store.get(block_id) as block:
+            assert bytes(block.value) == value
         await store.aclose()
 
     run(story)
