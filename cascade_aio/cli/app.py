@@ -20,6 +20,7 @@ app = typer.Typer(
     help="A tiered KV-cache store for LLM inference: shared memory above disk, io_uring beneath.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its tables cut the names of long options off at 80 columns, where nobody can look them up
     pretty_exceptions_enable=False,
 )
 for command in (demo, put, get, ls, stat, verify, repair, compact, doctor, trace, serve, prefetch, top, version):

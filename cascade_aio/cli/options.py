@@ -20,7 +20,16 @@ from typing import Annotated, Any
 import typer
 
 from cascade_aio.cli.output import UsageError
-from cascade_aio.config import ALIGNMENT_BYTES, CONFIG_KEYS, MIB, SHM_BYTES_MIN, SWITCHES, StoreConfig, load_config
+from cascade_aio.config import (
+    ALIGNMENT_BYTES,
+    CONFIG_KEYS,
+    MIB,
+    SHM_BYTES_MIN,
+    SWITCHES,
+    StoreConfig,
+    format_size,
+    load_config,
+)
 from cascade_aio.errors import ConfigError
 from cascade_aio.store.opening import open_with
 from cascade_aio.store.store import Store
@@ -58,6 +67,7 @@ SETTING_HELP = {
     "warm_restart": "Keep the arena at the end, and start with what it holds; 'serve' always does.",
     "register_buffers": "Register the arena with io_uring.",
 }
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(StoreConfig)}
 _COMMON = ("root", "shm_bytes", "disk_bytes", "io_backend", "digest")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -73,9 +83,25 @@ def _parameters() -> list[inspect.Parameter]:
         flag = f"--{key.replace('_', '-')}"
         kind: Any = bool | None if key in SWITCHES else str | None
         names = f"{flag}/--no-{flag[2:]}" if key in SWITCHES else flag
-        option = typer.Option(names, help=SETTING_HELP[key], show_default=False, rich_help_panel=panel)
+        option = typer.Option(
+            names, help=SETTING_HELP[key] + _default_of(key), show_default=False, rich_help_panel=panel
+        )
         made.append(_keyword(key, Annotated[kind, option]))
     return made
+
+
+def _default_of(key: str) -> str:
+    """``" [default: 64 MiB]"``; nothing for what has none, whose help says what that means."""
+    default = _DEFAULTS[key]
+    if default is None or default is dataclasses.MISSING:
+        return ""
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif "bytes" in key or key.endswith("bandwidth"):
+        shown = format_size(default)
+    else:
+        shown = f"{default:g} s" if "seconds" in key else str(default)
+    return f" [default: {shown}]"
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:
