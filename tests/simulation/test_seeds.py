@@ -225,3 +225,31 @@ def test_a_deletion_does_not_take_what_was_put_after_it_along_in_whatever_order_
         await store.aclose()
 
     run(story)
+
+
+def test_a_deletion_behind_a_lost_write_is_heard_once_the_segment_is_sealed_and_by_an_opening() -> None:
+    """Seed 1927: what a refresh of others cannot hear, because it waits at a hole for the writer to fill it."""
+
+    async def story() -> None:
+        world = World()
+        reader, writer = await world.open(), await world.open()
+        block_id = await reader.put(b"key", pseudo_bytes("value", 60_000))
+        await reader.flush()
+        await writer.put(b"lost", pseudo_bytes("lost", 60_000))
+        await writer.flush()
+        directory = f"/writers/{writer._context.writer.hex()}/"
+        (path,) = (path for path in world.disk.files if directory in path and path.endswith(".seg"))
+        world.disk.poke(path, PAGE_BYTES, bytes(PAGE_BYTES))  # a header, before anybody has seen it
+        await writer.refresh()
+        await writer.delete(block_id)
+        await writer.flush()
+        await reader.refresh()
+        opened = await world.open()
+        assert block_id not in opened
+        await writer.aclose()
+        await reader.refresh()
+        assert block_id not in reader
+        for store in (opened, reader):
+            await store.aclose()
+
+    run(story)

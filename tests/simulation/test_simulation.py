@@ -14,6 +14,7 @@ from cascade_aio.segments import reader
 from cascade_aio.store.catalog import Catalog
 from cascade_aio.testing.simulation import simulate
 from cascade_aio.testing.simulation.__main__ import run
+from cascade_aio.testing.simulation.oracle import Life, Oracle
 from cascade_aio.testing.simulation.plan import make_plan
 
 SEEDS = int(os.environ.get("CASCADE_TEST_SEEDS", "32"))
@@ -69,6 +70,42 @@ def _first_failure(seeds: range, promise: int) -> str | None:
             assert str(seed) in outcome.command
             return outcome.failure
     return None
+
+
+def test_what_damage_keeps_a_refresh_from_hearing_is_expected_of_the_next_opening_only() -> None:
+    """The oracle itself: what was heard before the damage stays promised, and so does what an opening looks at."""
+    oracle = Oracle(skewed=False)
+
+    def look(life: Life) -> None:
+        assert oracle.look_ends(life, oracle.look_begins(life), counts=True)
+
+    def opened() -> Life:
+        life = oracle.born(0, budget=False)
+        look(life)
+        return life
+
+    writer, reader = opened(), opened()
+    for block in (1, 2, 3):
+        oracle.put_ends(oracle.put_begins(writer, block, None), stored=True)
+    oracle.deleted(writer, 1)
+    oracle.flushed(writer, oracle.now())
+    look(reader)
+    oracle.damaged([writer])
+    oracle.deleted(writer, 2)
+    oracle.flushed(writer, oracle.now())
+    look(reader)
+    assert oracle.must_not_see(reader, 1)
+    assert not oracle.must_not_see(reader, 2)
+    assert oracle.must_see(reader, 3)
+    later = opened()
+    assert oracle.must_not_see(later, 1)
+    assert oracle.must_not_see(later, 2)
+    assert oracle.must_see(later, 3)
+    oracle.deleted(writer, 3)
+    oracle.flushed(writer, oracle.now())
+    look(later)
+    assert not oracle.must_not_see(later, 3)
+    assert not oracle.must_see(later, 3)
 
 
 def test_reads_that_are_not_verified_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

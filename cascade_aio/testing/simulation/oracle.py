@@ -31,8 +31,10 @@ What is exempt, and why:
   that is put again. The bytes are those that the client had named so.
 * Of several records of a block in open segments of others, one that its writer never finished may be the one that
   is known: then the block is a miss until the next look, which tells the others again.
-* A look stops at a hole in an open segment of another writer: where the medium has made one, what others put may
-  be missing until that segment is sealed.
+* A refresh stops at a hole in an open segment of another writer, who may be about to fill it: where the medium has
+  made one, what others put may be missing, and what they deleted may be there, until that segment is sealed or the
+  store is opened again: that look goes on behind holes. So of a life whose segments were damaged the others know what
+  they had heard before, and what their opening looked at.
 * A name put under several blocks resolves to one of them: first writer wins, by stamps that clients do not see.
   After a deletion of any of them it may resolve to nothing: rivals that lost are not remembered.
 * Errors are allowed where their cause was injected: see ``actors``.
@@ -68,6 +70,8 @@ class Life:
     removals_heard: int = 0
     """How many of them the last look that counts has taken in."""
 
+    deaf: dict[Life, int] = dataclasses.field(default_factory=dict)
+    """Lives whose segments the medium has damaged, with when the last look began that was sure to hear them."""
     blind: dict[int, int] = dataclasses.field(default_factory=dict)
     """Blocks that it has forgotten after a record of them came to nothing, with ``heard`` of that moment."""
 
@@ -121,6 +125,7 @@ class Oracle:
         self.puts: dict[int, list[Put]] = {}
         self.deletes: dict[int, list[Delete]] = {}
         self._open_ended: dict[Life, list[_Event]] = {}
+        self._damaged: dict[Life, None] = {}
         self.evictions_seen = 0
 
     def now(self) -> int:
@@ -132,7 +137,7 @@ class Oracle:
 
     def born(self, slot: int, *, budget: bool) -> Life:
         """A store is about to be opened."""
-        life = Life(len(self.lives), slot, budget)
+        life = Life(len(self.lives), slot, budget, deaf=dict.fromkeys(self._damaged, 0))
         self.lives.append(life)
         self._open_ended[life] = []
         return life
@@ -147,6 +152,10 @@ class Oracle:
         counts = counts and life.removals == removals
         if counts and began > life.heard:
             life.heard, life.removals_heard = began, removals
+        if not life.opened:
+            life.opened = self.now()
+            if counts:
+                life.deaf = dict.fromkeys(life.deaf, began)
         return counts
 
     def removed_segments(self, by: Life) -> None:
@@ -154,6 +163,14 @@ class Oracle:
         for life in self.lives:
             if life is not by and not life.ended:
                 life.removals += 1
+
+    def damaged(self, writers: Iterable[Life]) -> None:
+        """The medium damaged a segment of one of these lives just now: no refresh is sure to hear more of them."""
+        for writer in writers:
+            self._damaged[writer] = None
+            for life in self.lives:
+                if life is not writer and not life.ended:
+                    life.deaf.setdefault(writer, life.heard)
 
     def died(self, life: Life) -> None:
         """Killed, or its node; also after a close that failed. What was under way stays open for ever."""
@@ -199,16 +216,20 @@ class Oracle:
 
     # -- what must be ----------------------------------------------------------------------------
 
+    def _heard(self, life: Life, heard: int, of: Life) -> int:
+        """When the last look of ``life`` began that was sure to hear ``of``; ``heard``: the last one that counts."""
+        return min(heard, life.deaf.get(of, heard))
+
     def _knows(self, life: Life, event: _Event) -> bool:
         if event.life is life:
             return bool(event.ended)
-        return bool(event.durable) and event.durable < life.heard
+        return bool(event.durable) and event.durable < self._heard(life, life.heard, event.life)
 
     def _is_newer(self, put: Put, delete: Delete) -> bool:
         """The put's life knew of the deletion: its record cannot be covered."""
         if delete.life is put.life:
             return delete.began < put.began
-        return bool(delete.decided) and delete.decided < put.heard
+        return bool(delete.decided) and delete.decided < self._heard(put.life, put.heard, delete.life)
 
     def _covers(self, delete: Delete, put: Put) -> bool:
         """The deletion takes what the put stored, for certain."""
@@ -216,7 +237,7 @@ class Oracle:
             return False
         if put.life is delete.life or not self._skewed:
             return True
-        return bool(put.decided) and put.decided < delete.heard
+        return bool(put.decided) and put.decided < self._heard(delete.life, delete.heard, put.life)
 
     def _safe(self, put: Put) -> bool:
         return not any(

@@ -15,6 +15,7 @@ import contextvars
 import dataclasses
 import errno
 import hashlib
+import posixpath
 import random
 import re
 from collections.abc import Callable, Coroutine
@@ -289,6 +290,8 @@ class World:
         self.short_of_space = False
         self.events: list[tuple[Any, ...]] = []
         self._storages = 0
+        self._writers: dict[str, dict[Life, None]] = {}
+        """By directory: the lives that have written in it."""
         self._last_wall_ns = 0
         self.listeners: list[Callable[[Process, bool], None]] = []
 
@@ -322,6 +325,8 @@ class World:
         return SimulatedStorage(self.disk, limits, process, process, unlinked, self._storages)
 
     def on_opened(self, process: Process, counts: bool) -> None:
+        assert process.life is not None
+        self._writers.setdefault(self._directory(process), {})[process.life] = None
         for listener in self.listeners:
             listener(process, counts)
 
@@ -359,6 +364,8 @@ class World:
         hit = self.injuries.add(self.disk, what, path, offset, nbytes)
         for injury in hit:
             self.oracle.doubt_deletions(injury.deletions)
+        if path.endswith(".seg"):
+            self.oracle.damaged(self._writers.get(posixpath.dirname(path), ()))
         self.log("damaged", what, path[-14:], offset, nbytes, [sorted(injury.blocks) for injury in hit])
 
     def rot(self, what: str, choice: int) -> None:
