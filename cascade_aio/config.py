@@ -258,7 +258,7 @@ def coerce_setting(name: str, setting: Any) -> Any:
         return None
     if limits.size:
         size = parse_size(setting)
-        return size - size % limits.multiple
+        return size - size % limits.multiple if size >= limits.minimum else size  # too small: refused as it is
     try:
         return float(setting) if limits.unit else int(setting)
     except ValueError:

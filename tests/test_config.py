@@ -135,6 +135,7 @@ def test_every_default_survives_a_round_trip_through_variables(key: Any) -> None
     [
         ({"shm_bytes": "1x"}, {}, "", "^arguments: shm_bytes='1x'"),
         ({}, {"CASCADE_SHM_BYTES": "12k"}, "", "^CASCADE_SHM_BYTES: shm_bytes=12288 must be between"),
+        ({}, {"CASCADE_SHM_BYTES": "5"}, "", "^CASCADE_SHM_BYTES: shm_bytes=5 must be between"),
         ({}, {"CASCADE_REGISTER_BUFFERS": "maybe"}, "", "^CASCADE_REGISTER_BUFFERS: .*boolean"),
         ({}, {"CASCADE_SHM_BYTE": "1"}, "", "CASCADE_SHM_BYTE: .*did you mean shm_bytes"),
         ({}, {}, 'digest = "md5"', r"cascade.toml: digest='md5' is unknown; use one of sha256, blake3"),

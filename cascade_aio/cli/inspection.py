@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -66,13 +67,17 @@ def _show(name: str, entry: Any) -> str:
 @store_command
 def verify(settings: Settings, directory: PositionalRoot = None, json: Json = False) -> None:
     """Read and check every block of a root, and what is said of them; exit code 1 if anything is wrong."""
-    report = run(_verify_root(settings.reading(directory, GET_ARENA_BYTES)))
+    config = settings.reading(directory, GET_ARENA_BYTES)
+    report = run(_verify_root(config))
     if json:
         print_json(report)
     else:
         print_findings(report)
         verdict = ", ".join(f"{len(report[kind])} {word}" for kind, word in _FINDINGS.items() if report[kind])
         out.print(f"{report['blocks']} blocks, {format_size(report['bytes'])} read: {verdict or 'all intact'}")
+        if verdict:
+            root = escape(shlex.quote(config.root))
+            err.print(f"to set damage aside and be told what is lost: cascade-aio repair {root}", soft_wrap=True)
     if any(report[kind] for kind in _FINDINGS):
         raise SystemExit(1)
 

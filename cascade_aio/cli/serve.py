@@ -92,8 +92,10 @@ def serve(
     out.print(
         f"served {node['connections']} connections: {store['gets']} gets, {store['misses']} misses, "
         f"{store['puts']} puts of {format_size(store['put_bytes'])}; {report['blocks']} blocks are safe in "
-        f"{config.root}",
+        f"{config.root}; {format_size(config.shm_bytes)} of memory stay with the arena {arena_path(config)} for the "
+        f"next start (where there is to be none: rm {arena_path(config)}*)",
         markup=False,
+        soft_wrap=True,
     )
 
 

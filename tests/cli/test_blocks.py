@@ -78,6 +78,7 @@ def test_verify_names_the_damage_and_exits_with_1(stored: tuple[Path, str], cli:
     told = cli("verify", root)
     assert told.code == 1
     assert str(segment) in told.err.replace("\n", "")
+    assert f"cascade-aio repair {root}" in told.err
     got = cli("get", block_id, "-o", root / "back", "--root", root)
     assert got.code == 1
     assert not (root / "back").exists()

@@ -359,6 +359,7 @@ async def test_sigterm_under_load_loses_nothing_that_was_flushed(tmp_path: Path)
                 await asyncio.gather(*tasks)
         assert process.returncode == 0, log.decode()
         assert b"are safe in" in out
+        assert f"rm /dev/shm/{arena}*" in out.decode()
         assert not os.path.exists(path)
     finally:
         if process.returncode is None:
