@@ -1,8 +1,8 @@
 # Entry points for people and CI. Every target may be repeated; each sets up .venv first if needed.
 #   make demo     see the store work        make bench    measure it against the raw limits
 #   make test     run all tests             make wheel    build the wheel and prove it elsewhere
-#   make crash fuzz    kill writers at random, KILLS=200 times, and check what is left; FILE_SYSTEM=here|ext4|xfs|all
-#   make simulate run SEEDS=200 simulated worlds and check every promise; FIRST=0, WORKERS=1, OUT=result file
+#   make crash    kill writers at random, KILLS=200 times, and check what is left; FILE_SYSTEM=here|ext4|xfs|all
+#   make simulate   run SEEDS=200 simulated worlds and check every promise; FIRST=0, WORKERS=1, OUT=result file
 #   make fuzz     throw bytes at every parser for SECONDS=60
 #   make build    (re)build after changing c/
 # PYTHON=... chooses the interpreter of a new .venv; ARGS=... is passed on.

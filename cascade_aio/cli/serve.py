@@ -33,7 +33,10 @@ def serve(
         Path | None, typer.Option("--socket", metavar="PATH", help="Where to listen; default: beside the arena.")
     ] = None,
     http: Annotated[
-        str | None, typer.Option("--http", metavar="HOST:PORT", help="Metrics and status page: 127.0.0.1:9400.")
+        str | None,
+        typer.Option(
+            "--http", metavar="HOST:PORT", help="Metrics and status page, such as 127.0.0.1:9400; default: none."
+        ),
     ] = None,
     refresh_seconds: Annotated[
         float, typer.Option(help="How often to look for blocks of other writers of the root; 0: never.")
