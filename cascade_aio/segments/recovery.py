@@ -43,7 +43,7 @@ SEARCH_BYTES_FOREIGN = 256 << 20
 """How far behind a hole in another writer's open segment we look for more at opening."""
 
 SEARCH_BYTES_REFRESH = 0
-"""A refresh does not look behind a hole: its writer is about to fill it."""
+"""A refresh looks behind a hole only for what an earlier look has found there: its writer is about to fill it."""
 
 
 GONE = "the file of the segment is gone and its writer did not remove it"
@@ -391,20 +391,27 @@ class SegmentRecovery:
 
     async def _scan(self, file: File, end: int, *, verify: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
         entry = self._entry
-        start = PAGE_BYTES if verify or entry.sealed else max(PAGE_BYTES, entry.scanned_bytes)
+        theirs = not (entry.own or entry.sealed)
+        position = PAGE_BYTES if verify or entry.sealed else max(PAGE_BYTES, entry.scanned_bytes)
         synced = end if entry.sealed else max(PAGE_BYTES, entry.synced_bytes)
+        final = synced if theirs else end  # a gap below is one for ever: that was said before it was read
+        known_end = entry.data_end if theirs else 0
         held: collections.deque[fmt.RecordHeader | Gap] = collections.deque()
-        position = start
-        async for item in scan_records(self._storage, file, entry, start=start, end=end, search_bytes=search_bytes):
-            if isinstance(item, Gap) and self._is_end(item, verify=verify):
-                break
-            held.append(item)
-            if isinstance(item, fmt.RecordHeader):
-                position = item.end
-                synced = max(synced, item.synced_bytes)
-            while held and _end_of(held[0]) <= synced:
-                for fact in self._accept(held.popleft(), provisional=False):
-                    yield fact
+        walking = True
+        while walking:
+            walking = False
+            async for item in self._walk(file, position, end, verify, search_bytes, known_end):
+                held.append(item)
+                if isinstance(item, fmt.RecordHeader):
+                    position = item.end
+                    synced = max(synced, item.synced_bytes)
+                while held and _end_of(held[0]) <= synced and not _is_gap(held[0], final, synced):
+                    for fact in self._accept(held.popleft(), provisional=False):
+                        yield fact
+                if held and _is_gap(held[0], final, synced):  # its writer may have filled it since: read it again
+                    position, final, walking = held[0].offset, synced, True
+                    held.clear()
+                    break
         self._note_extent(position, end)
         if verify:
             async for fact in self._verified_tail(file, held, synced):
@@ -418,6 +425,17 @@ class SegmentRecovery:
             if isinstance(item, fmt.RecordHeader) or item.offset < synced:
                 for fact in self._accept(item, provisional=True):
                     yield fact
+
+    async def _walk(
+        self, file: File, start: int, end: int, verify: bool, search_bytes: int | None, known_end: int
+    ) -> AsyncIterator[fmt.RecordHeader | Gap]:
+        """Records and what lies between them, up to where nothing comes any more."""
+        async for item in scan_records(
+            self._storage, file, self._entry, start=start, end=end, search_bytes=search_bytes, known_end=known_end
+        ):
+            if isinstance(item, Gap) and self._is_end(item, verify=verify):
+                return
+            yield item
 
     def _note_extent(self, data_end: int, end: int) -> None:
         """An open segment was scanned. Of a sealed one the trailer has said it, whatever is damaged at its end."""
@@ -557,6 +575,11 @@ def _offset_of(fact: Fact) -> int:
     if isinstance(fact, BlockFact | BindingFact | TombstoneFact):
         return fact.location.page * PAGE_BYTES
     return fact.offset if isinstance(fact, DamageFact) else 0
+
+
+def _is_gap(item: fmt.RecordHeader | Gap, start: int, end: int) -> bool:
+    """Whether it is a gap that begins from ``start`` on and before ``end``."""
+    return isinstance(item, Gap) and start <= item.offset < end
 
 
 def _end_of(item: fmt.RecordHeader | Gap) -> int:

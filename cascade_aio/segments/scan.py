@@ -110,11 +110,13 @@ async def scan_records(
     start: int,
     end: int,
     search_bytes: int | None = None,
+    known_end: int = 0,
 ) -> AsyncIterator[fmt.RecordHeader | Gap]:
     """Headers of the records from ``start`` to ``end``, and the gaps between them, in order of offset.
 
-    Past a gap it looks for the next valid header up to ``search_bytes`` (``None``: to the end). The
-    last item is a gap that is not ``followed``, unless the records end exactly at ``end``.
+    Past a gap it looks for the next valid header up to ``search_bytes`` (``None``: to the end), and up to the offset
+    ``known_end`` in any case. The last item is a gap that is not ``followed``, unless the records end exactly at
+    ``end``.
     """
     window = _Window(storage, file, end // PAGE_BYTES * PAGE_BYTES)
     position = start
@@ -122,7 +124,7 @@ async def scan_records(
     while position + PAGE_BYTES <= end:
         header, reason, unread = await _header_at(window, entry, position, ahead)
         if header is None:
-            limit = window.end if search_bytes is None else min(window.end, position + search_bytes)
+            limit = window.end if search_bytes is None else min(window.end, max(position + search_bytes, known_end))
             found, skipped = await _search(window, entry, position + PAGE_BYTES, limit)
             behind = end if found is None else found.offset
             if skipped and not unread:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import cascade_aio.testing.world as world_module
+from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import MemoryStorage, Operation
 from cascade_aio.testing.world import World, cancel_others, pseudo_bytes, virtual_loop
@@ -136,5 +137,71 @@ def test_a_reader_sees_what_a_killed_and_restarted_writer_adds_under_new_numbers
         await put(store, range(3, 6))
         assert not names & set(segments(world))
         await store.aclose()
+
+    run(scenario())
+
+
+def test_a_record_that_is_written_while_an_opening_reads_behind_it_is_no_damage(faults: list[Fault]) -> None:
+    async def scenario() -> None:
+        world = World(shm_bytes=4 << 20, segment_bytes=4 << 20)
+        writer = await world.open()
+        begun, may_end, read_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        def hold(operation: Operation) -> Coroutine[Any, Any, Any] | None:
+            if operation.name != "write" or operation.offset != PAGE_BYTES or operation.after:
+                return None
+            begun.set()
+            return may_end.wait()
+
+        world.storage.hooks.append(hold)
+        first = await writer.put(b"first", pseudo_bytes("first", 300_000))
+        await begun.wait()
+        second = await writer.put(b"second", pseudo_bytes("second", 300_000))
+        await asyncio.sleep(1.0)  # is written, and waits for the first
+
+        async def go_on() -> None:
+            read_on.set()
+            may_end.set()
+            await writer.flush()
+            await writer.put(b"third", b"")  # its header says that both are on stable storage
+            await writer.flush()
+
+        def meet(operation: Operation) -> Any:
+            behind = operation.name == "read" and PAGE_BYTES < operation.offset < 2 << 20 and not operation.after
+            return go_on() if behind and not read_on.is_set() else None
+
+        faults.append(meet)
+        reader = await world.open()
+        assert read_on.is_set()
+        assert not reader.statistics()["damage"]
+        for block_id in (first, second):
+            async with reader.get(block_id) as block:
+                assert block.block_id == block_id
+        await reader.aclose()
+        await writer.aclose()
+
+    run(scenario())
+
+
+def test_a_refresh_goes_on_behind_a_hole_where_an_opening_has_found_records() -> None:
+    async def scenario() -> None:
+        world = World()
+        writer = await world.open()
+        await put(writer, range(1))
+        (path,) = segments(world)
+        world.disk.poke(path, PAGE_BYTES, bytes(PAGE_BYTES))  # before anybody has seen it
+        (block_id,) = await put(writer, range(1, 2))
+        reader = await world.open()
+        assert block_id in reader
+        await writer.delete(block_id)
+        (later,) = await put(writer, range(2, 3))
+        await reader.refresh()
+        assert block_id not in reader
+        assert later in reader
+        assert [(f"in {path} at offset {PAGE_BYTES}" in report) for report in reader.statistics()["damage"]] == [True]
+        await reader.refresh()
+        assert len(reader.statistics()["damage"]) == 1
+        await reader.aclose()
+        await writer.aclose()
 
     run(scenario())
