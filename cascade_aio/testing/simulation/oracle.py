@@ -33,8 +33,8 @@ What is exempt, and why:
   is known: then the block is a miss until the next look, which tells the others again.
 * A refresh stops at a hole in an open segment of another writer, who may be about to fill it: where the medium has
   made one, what others put may be missing, and what they deleted may be there, until that segment is sealed or the
-  store is opened again: that look goes on behind holes. So of a life whose segments were damaged the others know what
-  they had heard before, and what their opening looked at.
+  store is opened again: that look goes on behind holes. So of a life whose segments were damaged while open the others
+  know what they had heard before, and what their opening looked at.
 * A name put under several blocks resolves to one of them: first writer wins, by stamps that clients do not see.
   After a deletion of any of them it may resolve to nothing: rivals that lost are not remembered.
 * Errors are allowed where their cause was injected: see ``actors``.
@@ -165,7 +165,7 @@ class Oracle:
                 life.removals += 1
 
     def damaged(self, writers: Iterable[Life]) -> None:
-        """The medium damaged a segment of one of these lives just now: no refresh is sure to hear more of them."""
+        """The medium damaged an open segment of one of these lives: no refresh is sure to hear more of them now."""
         for writer in writers:
             self._damaged[writer] = None
             for life in self.lives:

@@ -26,6 +26,7 @@ from cascade_aio.config import make_config
 from cascade_aio.errors import CascadeError
 from cascade_aio.io.engine import EngineLimits
 from cascade_aio.io.transfer import Kind
+from cascade_aio.segments.footer import TRAILER_MAGIC
 from cascade_aio.segments.hosts import Host
 from cascade_aio.store.opening import open_with
 from cascade_aio.store.store import Store
@@ -364,9 +365,16 @@ class World:
         hit = self.injuries.add(self.disk, what, path, offset, nbytes)
         for injury in hit:
             self.oracle.doubt_deletions(injury.deletions)
-        if path.endswith(".seg"):
+        if path.endswith(".seg") and not self._still_sealed(path, offset + nbytes):
             self.oracle.damaged(self._writers.get(posixpath.dirname(path), ()))
         self.log("damaged", what, path[-14:], offset, nbytes, [sorted(injury.blocks) for injury in hit])
+
+    def _still_sealed(self, path: str, end: int) -> bool:
+        """Whether a segment that was damaged up to ``end`` has its trailer: whoever looks at it stops at no hole."""
+        inode = self.disk.files.get(path)
+        if inode is None or end > inode.size - PAGE_BYTES:
+            return False
+        return inode.read(inode.size - PAGE_BYTES, len(TRAILER_MAGIC)) == TRAILER_MAGIC
 
     def rot(self, what: str, choice: int) -> None:
         """Damage something that is stored: a page of a segment, seldom of a checkpoint."""
