@@ -252,14 +252,14 @@ def _verified(
 def _judged(
     read: RecordRead, entry: SegmentEntry, outcome: fmt.RecordHeader | CorruptionError
 ) -> fmt.RecordHeader | CorruptionError | BlockNotFoundError:
-    """``outcome``, but a miss where another writer's record was seen before it was durable and came to nothing.
+    """``outcome``, but a miss where a record was seen before it was known to be durable, and came to nothing.
 
-    Its place may be torn, may have been cut off, or holds the empty note that its adopter has put there.
+    Its place may be torn; another writer's may have been cut off, or hold the empty note of its adopter.
     """
-    if entry.own or not isinstance(outcome, CorruptionError):
+    if not isinstance(outcome, CorruptionError):
         return outcome
     offset = read.location.page * PAGE_BYTES
-    if offset + read.record_bytes > entry.firm_end or _is_note(read, entry):
+    if offset + read.record_bytes > entry.firm_end or (not entry.own and _is_note(read, entry)):
         return BlockNotFoundError(
             f"block {read.digest[:16].hex()} was not on stable storage when it was seen, and its writer has not "
             "finished it; recompute it"

@@ -413,11 +413,11 @@ class SegmentRecovery:
                     held.clear()
                     break
         self._note_extent(position, end)
+        entry.synced_bytes = synced
         if verify:
             async for fact in self._verified_tail(file, held, synced):
                 yield fact
             return
-        entry.synced_bytes = synced
         # What is provisional is told again by the next look: a reader may have met it half written and forgotten it.
         doubtful = (item.offset for item in held if isinstance(item, fmt.RecordHeader) or item.offset >= synced)
         entry.scanned_bytes = next(doubtful, position)

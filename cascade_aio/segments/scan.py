@@ -237,9 +237,9 @@ async def verify_records(
                     reason, path=entry.path, segment=entry.name, offset=item.offset, unreadable=True
                 )
                 error.__cause__ = exc
-            if error is None or entry.own or item.end <= entry.firm_end:
+            if error is None or item.end <= entry.firm_end or (entry.own and error.unreadable):
                 yield item, error
-        elif entry.sealed or (item.followed and (entry.own or item.offset < entry.firm_end)):
+        elif entry.sealed or (item.followed and (item.offset < entry.firm_end or (entry.own and item.unreadable))):
             yield (
                 item,
                 CorruptionError(

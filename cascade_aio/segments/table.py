@@ -72,8 +72,9 @@ class SegmentEntry:
     @property
     def firm_end(self) -> int:
         """What is wrong below this offset is damage. Beyond, in another writer's segment, it may be a write
-        that never ended, or an end that whoever adopted the segment has cut off."""
-        if self.own:
+        that never ended, or an end that whoever adopted the segment has cut off; in an own one that could not be
+        read when its tail was to be verified, a write that a crash cut short."""
+        if self.own and (self.sealed or not self.unreadable):
             return self.size_bytes
         return self.data_end if self.sealed else self.synced_bytes
 

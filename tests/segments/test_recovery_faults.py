@@ -12,10 +12,11 @@ import crc32c
 import pytest
 
 from cascade_aio.abc.storage import PAGE_BYTES
-from cascade_aio.errors import CorruptionError
+from cascade_aio.errors import BlockNotFoundError, CorruptionError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.checkpoint import covers_of
 from cascade_aio.segments.facts import BlockFact
+from cascade_aio.segments.scan import verify_records
 from cascade_aio.testing.memory import MemoryStorage, Operation
 from tests.segments.harness import QUIET, Block, Process, blocks_of, damages, running, start
 
@@ -129,6 +130,32 @@ async def test_one_unreadable_payload_of_an_open_segment_neither_cuts_nor_seals_
     _, found, reported = await look(storage)
     assert (len(found), reported) == (COUNT, 0)
     assert len(bytes_of(storage)[path]) != len(before[path]), "sealed by an opening that could read everything"
+
+
+async def test_a_torn_record_that_could_not_be_verified_at_opening_is_a_miss_and_no_damage() -> None:
+    """Seeds 5045, 5464: its payload could not be read when the tail was to be verified, and later it could."""
+    storage, blocks = await crashed()
+    (path,) = bytes_of(storage)
+    first, last = (block.locations[0].page * PAGE_BYTES for block in (blocks[0], blocks[-1]))
+    storage.disk.poke(path, last + PAGE_BYTES, bytes(PAGE_BYTES))
+    again = MemoryStorage(storage.disk)
+    again.hooks.append(failing(lambda operation: operation.offset == last + PAGE_BYTES, times=1))
+    process = await start(again)
+    found = blocks_of(await process.facts())
+    entry = process.table[0]
+    assert (len(found), entry.own, entry.unreadable, entry.firm_end) == (COUNT, True, True, last)
+    (read,) = await process.read(blocks[-1].read(found[blocks[-1].block_id].location))
+    assert isinstance(read.outcome, BlockNotFoundError)
+    storage.disk.poke(path, first + PAGE_BYTES, bytes(PAGE_BYTES))
+    async with process.table.opened(0) as file:
+        walk = verify_records(again, process.engine, file, entry, end=entry.data_end)
+        wrong = [(item.offset, error.unreadable) async for item, error in walk if error is not None]
+    assert wrong == [(first, False)], "what was acknowledged is damage as before"
+    await process.table.aclose()
+    process.claim.release()
+    process, found_again, _ = await look(storage)
+    assert len(found_again) == COUNT - 1
+    assert process.recovery.report.torn_records == 1
 
 
 async def test_an_unreadable_page_behind_the_records_is_not_cut_off() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.errors import BlockNotFoundError
 from cascade_aio.model import compute_block_id, prefix_keys
 from cascade_aio.testing.memory import Operation
 from cascade_aio.testing.world import World, cancel_others, fail_with, pseudo_bytes, virtual_loop
@@ -251,5 +252,47 @@ def test_a_deletion_behind_a_lost_write_is_heard_once_the_segment_is_sealed_and_
         assert block_id not in reader
         for store in (opened, reader):
             await store.aclose()
+
+    run(story)
+
+
+def test_what_a_crash_cut_short_is_no_damage_to_an_opening_that_could_not_verify_it() -> None:
+    """Seeds 5045, 5464: its payload could not be read then; a get and ``verify`` could read it, and it was torn."""
+
+    async def story() -> None:
+        world = World()
+        store = await world.open()
+        await store.put(b"first", b"")
+        await store.flush()
+        block_id = await store.put(b"key", pseudo_bytes("value", 60_000))
+        await store.flush()
+        row = store._context.catalog.index.find(block_id)
+        location = store._context.catalog.index.location(row)
+        assert location is not None
+        path = store._context.disk.table[location[0]].path
+        payload = (location[1] + location[2]) * PAGE_BYTES
+        await kill(world)
+        world.disk.poke(path, payload, bytes(PAGE_BYTES))
+
+        class Failing(list[Any]):
+            """The first read of the payload fails."""
+
+            def append(self, storage: Any) -> None:
+                storage.hooks.append(fail_once)
+                super().append(storage)
+
+        failures = [OSError(errno.EIO, "read failed", path)]
+
+        def fail_once(operation: Operation) -> OSError | None:
+            return failures.pop() if failures and (operation.name, operation.offset) == ("read", payload) else None
+
+        world.storages = Failing()
+        store = await world.open()
+        assert not failures
+        assert block_id in store
+        assert (await store.verify()).damage == ()
+        with pytest.raises(BlockNotFoundError):
+            await store.get(block_id)
+        await store.aclose()
 
     run(story)
