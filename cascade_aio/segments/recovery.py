@@ -20,6 +20,8 @@ import errno
 import itertools
 from collections.abc import AsyncIterator, Iterator, Sequence
 
+import numpy as np
+
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine, File, Storage
 from cascade_aio.errors import CorruptionError
 from cascade_aio.segments import format as fmt
@@ -53,6 +55,9 @@ CUT = "the file of the segment is shorter than it was"
 FACTS_PER_TURN = 32
 """Facts between two turns of the loop: whoever takes them in needs some 10 µs each, and a footer tells of a hundred
 thousand after one read. Here and not there, so that a cancellation ends the reading from within."""
+
+SPOILT_LOOK_BYTES = 1 << 20
+"""So much behind a header that is none tells a creation that was cut short, all zeros, from a file that was spoilt."""
 
 TORN_LISTED_MAX = 64
 """Torn records that a report names; beyond, they are only counted."""
@@ -278,6 +283,7 @@ class SegmentRecovery:
         self._tables = FooterTables()
         self._data_end = PAGE_BYTES
         self._sealable = True
+        self._spoilt = False
         self._known_end: int | None = None
 
     async def facts(self, *, adopt: bool, search_bytes: int | None) -> AsyncIterator[Fact]:
@@ -305,7 +311,12 @@ class SegmentRecovery:
         if self._known_end is not None:
             entry.scanned_bytes = min(entry.scanned_bytes, self._known_end)
         elif adopt and not entry.sealed and self._sealable:
-            await self._seal()
+            if self._spoilt and not self._tables.count:
+                entry.damaged = True  # nothing in it can be recognised: it is kept as it is
+                if problem is not None:
+                    yield problem
+            else:
+                await self._seal()
 
     def note_unreadable(self, offset: int) -> None:
         """A read at ``offset`` failed: from there on the segment is to be read again, and not to be changed."""
@@ -365,6 +376,7 @@ class SegmentRecovery:
         except OSError as exc:
             return True, self._unread(0, PAGE_BYTES, f"segment header is {unreadable_reason(exc)}")
         except CorruptionError as exc:
+            self._spoilt = adopt and await self._holds_bytes(file, end)
             return True, DamageFact(entry.path, entry.name, 0, PAGE_BYTES, str(exc))
         if header is None:  # a creation cut short, or a page that was lost: what is ours is looked through
             if not adopt:
@@ -375,6 +387,18 @@ class SegmentRecovery:
                 entry.path, entry.name, 0, PAGE_BYTES, "this segment belongs to another store or writer: it is not read"
             )
         return True, None
+
+    async def _holds_bytes(self, file: File, end: int) -> bool:
+        """Whether anything follows page 0: its header was durable then, so this is no creation cut short."""
+        nbytes = min(end - PAGE_BYTES, SPOILT_LOOK_BYTES)
+        if not nbytes:
+            return False
+        piece = page_buffer(nbytes)
+        try:
+            await read_pages(self._storage, file, piece, PAGE_BYTES)
+        except OSError:
+            return True
+        return bool(np.frombuffer(piece, dtype=np.uint8).any())
 
     async def _trailer(self, file: File, size: int) -> Trailer | None:
         if size % PAGE_BYTES or size < 2 * PAGE_BYTES:

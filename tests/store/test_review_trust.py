@@ -293,3 +293,25 @@ def test_a_read_that_was_wrong_once_costs_no_sound_record(how: str) -> None:
         await store.aclose()
 
     run(story)
+
+
+def test_a_segment_of_which_nothing_is_recognised_is_kept() -> None:
+    """Overwritten from end to end it looks like one that was never begun; only that may be removed."""
+
+    async def story() -> None:
+        world = World()
+        store = await world.open()
+        await put(store, range(40))
+        await store.aclose()
+        path = sorted(path for path in world.disk.files if path.endswith(".seg"))[-1]
+        world.disk.poke(path, 0, pseudo_bytes("garbage", len(world.disk.content(path))))
+        for _ in range(2):
+            store = await world.open()
+            await put(store, range(100, 110))
+            await asyncio.sleep(LONG_S)
+            assert path in world.disk.files
+            assert path in {error.path for error in (await store.verify()).damage}
+            await store.aclose()
+        assert world.disk.content(path) == pseudo_bytes("garbage", len(world.disk.content(path)))
+
+    run(story)
