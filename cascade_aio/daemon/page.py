@@ -14,7 +14,7 @@ import importlib.resources
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import msgspec
@@ -37,21 +37,28 @@ _HEADERS = {
 }
 
 
-@contextlib.asynccontextmanager
-async def page(node: Node, address: str) -> AsyncIterator[str]:
-    """A scope in which ``address`` answers; gives the URL. Port 0 takes a free one.
+@contextlib.contextmanager
+def listening(address: str) -> Iterator[socket.socket]:
+    """A scope in which ``address`` is taken; port 0 takes a free one. Before the store is opened, whose arena stays
+    behind when something fails later.
 
     Raises ``ConfigError`` without the extra ``service`` or for an address that cannot be had.
     """
     try:
-        uvicorn = importlib.import_module("uvicorn")
-        for name in ("prometheus_client", "starlette"):
+        for name in ("uvicorn", "prometheus_client", "starlette"):
             importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
             f"http={address!r} needs {error.name}, which is not installed: pip install 'cascade_aio[service]'"
         ) from None
-    listener = _listen(address)
+    with _listen(address) as listener:
+        yield listener
+
+
+@contextlib.asynccontextmanager
+async def page(node: Node, listener: socket.socket) -> AsyncIterator[str]:
+    """A scope in which ``listener`` is answered; gives the URL."""
+    uvicorn = importlib.import_module("uvicorn")
     sampler = Sampler(node)
     sampling = asyncio.get_running_loop().create_task(sampler.run(), name="cascade-service-samples")
     config = uvicorn.Config(
@@ -71,7 +78,6 @@ async def page(node: Node, address: str) -> AsyncIterator[str]:
         with contextlib.suppress(asyncio.CancelledError):
             await sampling
         await asyncio.to_thread(thread.join, STOP_SECONDS_MAX)
-        listener.close()
 
 
 def _run(server: Any, listener: socket.socket) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,8 @@ async def run_service(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
             handlers.callback(loop.remove_signal_handler, number)
-        async with serve(config, service) as running, _page(running), LagMeter(running.node.lag, notifier):
+        listener = None if service.http is None else handlers.enter_context(_listening(service.http))
+        async with serve(config, service) as running, _page(running, listener), LagMeter(running.node.lag, notifier):
             on_ready(running)
             notifier.tell("READY=1", f"STATUS=serving {config.root} at {running.socket_path}")
             await _first(stop, running.failed)
@@ -59,13 +61,18 @@ async def _first(*events: asyncio.Event) -> None:
             wait.cancel()
 
 
-def _page(running: Service) -> contextlib.AbstractAsyncContextManager[object]:
-    address = running.node.config.http
-    if address is None:
-        return contextlib.nullcontext()
-    from cascade_aio.daemon.page import page  # starlette and uvicorn are extras
+def _listening(address: str) -> contextlib.AbstractContextManager[socket.socket]:
+    from cascade_aio.daemon.page import listening  # starlette and uvicorn are extras
 
-    return page(running.node, address)
+    return listening(address)
+
+
+def _page(running: Service, listener: socket.socket | None) -> contextlib.AbstractAsyncContextManager[object]:
+    if listener is None:
+        return contextlib.nullcontext()
+    from cascade_aio.daemon.page import page
+
+    return page(running.node, listener)
 
 
 def _stuck(service: ServiceConfig) -> None:

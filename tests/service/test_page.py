@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import subprocess
 import urllib.error
 import urllib.request
+import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cascade_aio.config import make_config
 from cascade_aio.daemon import ServiceConfig, connect
+from cascade_aio.daemon.running import run_service
 from cascade_aio.daemon.samples import Forest, Sampler
+from cascade_aio.daemon.service import Service
 from cascade_aio.errors import ConfigError
 from cascade_aio.testing.store import block_bytes, eventually
 from tests.service.conftest import KEYS, running
@@ -25,9 +31,17 @@ parser = pytest.importorskip(
     "prometheus_client.parser", reason="the extra 'service' is not installed: pip install 'cascade_aio[service]'"
 )
 
-from cascade_aio.daemon.page import page  # noqa: E402
+from cascade_aio.daemon.page import listening, page  # noqa: E402
 
 BROWSER_SECONDS_MAX = 45
+
+
+@contextlib.asynccontextmanager
+async def shown(service: Service) -> AsyncIterator[str]:
+    """The page of a service, at a free port."""
+    with listening("127.0.0.1:0") as listener:
+        async with page(service.node, listener) as url:
+            yield url
 
 
 def fetch(url: str) -> tuple[int, str, str]:
@@ -51,7 +65,7 @@ def metrics(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 async def test_metrics_tell_what_happened(tmp_path: Path) -> None:
     async with (
         running(tmp_path / "kv") as service,
-        page(service.node, "127.0.0.1:0") as url,
+        shown(service) as url,
         connect(service.socket_path) as store,
     ):
         name = await store.put(*block_bytes(1), prefix=KEYS[0])
@@ -77,7 +91,7 @@ async def test_metrics_tell_what_happened(tmp_path: Path) -> None:
 
 
 async def test_the_page_is_complete_and_read_only(tmp_path: Path) -> None:
-    async with running(tmp_path / "kv") as service, page(service.node, "127.0.0.1:0") as url:
+    async with running(tmp_path / "kv") as service, shown(service) as url:
         assert url.startswith("http://127.0.0.1:")
         status, kind, html = await asyncio.to_thread(fetch, url)
         assert (status, kind) == (200, "text/html; charset=utf-8")
@@ -99,7 +113,7 @@ async def test_the_page_is_complete_and_read_only(tmp_path: Path) -> None:
 
 
 async def test_events_follow_the_store(tmp_path: Path) -> None:
-    async with running(tmp_path / "kv") as service, page(service.node, "127.0.0.1:0") as url:
+    async with running(tmp_path / "kv") as service, shown(service) as url:
 
         def read_two() -> list[dict[str, Any]]:
             snapshots = []
@@ -147,11 +161,14 @@ def test_an_address_that_is_none_is_named(address: str) -> None:
         ServiceConfig(http=address)
 
 
-async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
-    async with running(tmp_path / "kv") as service, page(service.node, "127.0.0.1:0") as url:
+async def test_an_address_in_use_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    with listening("127.0.0.1:0") as listener:
+        config = make_config(tmp_path / "kv", shm_bytes="16MiB", arena=f"cascade-test-{uuid.uuid4().hex[:12]}")
+        taken = ServiceConfig(http=f"127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(ConfigError, match="another address"):
-            async with page(service.node, url.removeprefix("http://").rstrip("/")):
-                pass
+            await run_service(config, taken, on_ready=lambda service: None)
+    assert not (tmp_path / "kv").exists()
+    assert not list(Path("/dev/shm").glob(f"{config.arena}*"))
 
 
 @pytest.mark.parametrize("blocks", [0, 40])
@@ -163,7 +180,7 @@ async def test_a_browser_draws_it(tmp_path: Path, blocks: int) -> None:
     async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
         for i in range(blocks):
             await store.put(*block_bytes(i, 300_000, 300_000), prefix=KEYS[0] if i == 0 else None)
-        async with page(service.node, "127.0.0.1:0") as url:
+        async with shown(service) as url:
             url_json = url + "status.json"
 
             async def sampled() -> bool:
