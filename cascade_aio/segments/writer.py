@@ -113,7 +113,12 @@ class BudgetError(OSError):
     """The budget leaves no room for a segment, and nothing can be given up."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(errno.EDQUOT, "disk_bytes is used up and nothing can be evicted", path)
+        super().__init__(
+            errno.EDQUOT,
+            "disk_bytes is used up and nothing can be evicted (what is kept aside because of damage "
+            "counts, too: statistics()['disk']['kept_aside_bytes'], and `cascade-aio repair` gives it back)",
+            path,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

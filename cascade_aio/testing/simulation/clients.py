@@ -4,7 +4,8 @@ Each operation runs as a task of the process whose store it uses, so it dies wit
 before and after: a promise is broken only if it held the whole time. Errors are allowed by cause:
 
 * ``OSError``: a read, call or sync of this process failed, or met a bad sector, within the time a request may take.
-* ``TierFullError``: writes of this process fail, are slow or find no room; or leases hold the arena, which is small.
+* ``TierFullError``: writes of this process fail, are slow or find no room; or leases hold the arena, which is small;
+  or segments are kept aside because of damage, which only ``repair`` gives back, and count in a budget that is small.
 * ``TierStalledError``: a request of this process is stuck, or was until just now.
 * ``BrokenTierError``: writes or syncs of this process failed.
 * ``CorruptionError``: names a file and place that the medium has damaged, and only there.
@@ -151,6 +152,7 @@ class Client:
         return (
             process.pins > 0
             or self._world.short_of_space
+            or (process.store is not None and process.store.statistics()["disk"]["kept_aside_bytes"] > 0)
             or process.recent(*_WRITE_FAULTS, within_s=STUCK_S[1] + TROUBLE_S)
         )
 
