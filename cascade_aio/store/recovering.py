@@ -121,9 +121,13 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
     written = context.disk.writer.statistics
     if not written.records and not written.notes and context.facts_applied == context.facts_since_checkpoint == 0:
         return  # nothing was learnt that the checkpoint there does not say
-    if any(entry.unreadable or entry.damaged for entry in context.disk.table):
-        # It would leave out blocks of that segment, and with them their names, which covered segments tell; and what
-        # was read wrongly once may be sound: the next session asks the segments.
+    if any(
+        entry.unreadable or entry.damaged or (entry.live_bytes and not entry.scanned_bytes)
+        for entry in context.disk.table
+    ):
+        # It would leave out blocks of that segment (the last kind: recovery could not seal it, so it is read again),
+        # and with them their names, which covered segments tell; and what was read wrongly once may be sound: the next
+        # session asks the segments.
         return
     if context.facts_refused or context.index_doubtful:
         return  # it would say that what was refused need not be read again

@@ -135,6 +135,39 @@ def test_names_of_blocks_in_a_segment_that_could_not_be_read_survive_a_checkpoin
     run(story)
 
 
+def test_names_of_blocks_in_a_segment_that_could_not_be_sealed_survive_a_checkpoint() -> None:
+    """Seed 2524: the checkpoint covered the note with the name, and left out the block, whose segment is read again."""
+
+    async def story() -> None:
+        world = World()
+        (name,) = prefix_keys(range(1), block_tokens=1)
+        store = await world.open()
+        block_id = await store.put(b"key", pseudo_bytes("value", 60_000))
+        await store.flush()
+        await kill(world)
+
+        class Failing(list[Any]):
+            """The storage that is added cannot cut a segment to its size, the first step of sealing it."""
+
+            def append(self, storage: Any) -> None:
+                storage.hooks.append(fail_with(errno.EIO, "truncate", path_part=".seg"))
+                super().append(storage)
+
+        world.storages = Failing()
+        store = await world.open()
+        assert store._context.recovery.report.seal_failures == 1
+        assert block_id in store
+        assert await store.put(b"key", pseudo_bytes("value", 60_000), prefix=name) == block_id
+        await store.aclose()
+        world.storages = []
+        store = await world.open()
+        assert block_id in store
+        assert name in store
+        await store.aclose()
+
+    run(story)
+
+
 def test_verify_does_not_doubt_what_is_written_while_it_reads() -> None:
     """Seed 804: a segment that grew during the walk was called inconsistent, and its newest blocks were forgotten."""
 
