@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.segments import format as fmt
 from cascade_aio.segments import reader
 from cascade_aio.store.catalog import Catalog
+from cascade_aio.testing.memory import MemoryDisk, _Inode
 from cascade_aio.testing.simulation import simulate
 from cascade_aio.testing.simulation.__main__ import run
+from cascade_aio.testing.simulation.contents import content
+from cascade_aio.testing.simulation.media import Injuries
 from cascade_aio.testing.simulation.oracle import Life, Oracle
 from cascade_aio.testing.simulation.plan import make_plan
 
@@ -106,6 +111,50 @@ def test_what_damage_keeps_a_refresh_from_hearing_is_expected_of_the_next_openin
     look(later)
     assert not oracle.must_not_see(later, 3)
     assert not oracle.must_see(later, 3)
+
+
+def test_a_lost_write_hits_the_record_whose_header_is_written_after_it() -> None:
+    """Seed 3184: a record goes to the medium in pieces, in any order; who is hit was asked once, before its header."""
+    wanted = content(69)
+    path = f"/kv/writers/{bytes(16).hex()}/0000000001.seg"
+    payload_bytes = fmt.payload_bytes_of(len(wanted.key), len(wanted.value))
+    header = fmt.RecordHeader(
+        fmt.BLOCK,
+        1,
+        PAGE_BYTES + payload_bytes,
+        PAGE_BYTES,
+        0,
+        0,
+        digest_kind="blake3",
+        digest=bytes(wanted.block_id) + bytes(16),
+        key_bytes=len(wanted.key),
+        value_bytes=len(wanted.value),
+        value_offset=fmt.value_offset_of(len(wanted.key)),
+        chunk_crcs=(0,) * -(-payload_bytes // fmt.CHUNK_BYTES),
+    )
+    page = memoryview(bytearray(PAGE_BYTES))
+    fmt.encode_record(page, header, fmt.SegmentIdentity(bytes(16), 1))
+
+    def found(*, again: bool) -> list[frozenset[int]]:
+        disk, injuries = MemoryDisk(), Injuries()
+        inode = disk.files[path] = _Inode()
+        lost = bytes(8 * PAGE_BYTES)
+        inode.lie(9 * PAGE_BYTES, lost)
+        assert not injuries.add(disk, "lost", path, 9 * PAGE_BYTES, len(lost))
+        if again:
+            inode.write(9 * PAGE_BYTES, lost)
+            assert not injuries.written(disk, path, 9 * PAGE_BYTES, len(lost))
+        rest = header.end - 17 * PAGE_BYTES
+        inode.write(17 * PAGE_BYTES, bytes(rest))
+        assert not injuries.written(disk, path, 17 * PAGE_BYTES, rest)
+        inode.write(PAGE_BYTES, bytes(page))
+        told = injuries.written(disk, path, PAGE_BYTES, PAGE_BYTES)
+        assert told == injuries.found == injuries.of_block(69)
+        assert not injuries.written(disk, path, PAGE_BYTES, PAGE_BYTES), "once"
+        return [injury.blocks for injury in told]
+
+    assert found(again=False) == [frozenset({69})]
+    assert found(again=True) == [], "what was written again is whole"
 
 
 def test_reads_that_are_not_verified_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,8 @@ class Medium(Protocol):
 
     def hurt(self, path: str, what: str, offset: int, nbytes: int) -> None: ...
 
+    def written(self, path: str, offset: int, nbytes: int) -> None: ...
+
 
 class SimulatedEngine(TransferEngine):
     """One process's queue of I/O. ``kill`` ends all requests, some of them half done."""
@@ -141,6 +143,7 @@ class SimulatedEngine(TransferEngine):
                 self._medium.hurt(file.path, "misdirected", treatment.misdirected_to, nbytes)
         else:
             file.inode.write(request.offset, data)
+            self._medium.written(file.path, request.offset, nbytes)
         return nbytes
 
     def kill(self, done_share: float) -> None:

@@ -41,6 +41,8 @@ class Injuries:
     found: list[Injury] = dataclasses.field(default_factory=list)
     paths: set[str] = dataclasses.field(default_factory=set)
     """Files that were damaged anywhere, also between records."""
+    _unnamed: dict[str, list[tuple[str, set[int]]]] = dataclasses.field(default_factory=dict)
+    """By path: damaged pages in which no record was known. A record is written in pieces, its header perhaps last."""
 
     def of_block(self, block: int) -> list[Injury]:
         return [injury for injury in self.found if block in injury.blocks]
@@ -48,16 +50,41 @@ class Injuries:
     def add(self, disk: MemoryDisk, what: str, path: str, offset: int, nbytes: int) -> list[Injury]:
         """These bytes were damaged just now; the records that they hit."""
         self.paths.add(path)
+        if path not in disk.files:
+            return []
+        nbytes = min(nbytes, disk.files[path].size - offset)
+        self._unnamed.setdefault(path, []).append((what, _pages(offset, nbytes)))
+        return self._name(disk, path)
+
+    def written(self, disk: MemoryDisk, path: str, offset: int, nbytes: int) -> list[Injury]:
+        """These bytes were written just now, which heals them; the records that earlier damage has hit, as it turns
+        out."""
+        if path not in self._unnamed:
+            return []
+        for _, pages in self._unnamed[path]:
+            pages -= _pages(offset, nbytes)
+        return self._name(disk, path)
+
+    def _name(self, disk: MemoryDisk, path: str) -> list[Injury]:
+        """The records in damaged pages that are not known yet."""
         new = []
         records, sealed = _records(disk, path)
-        # A header that is damaged itself testifies to nothing.
-        sound = [header for header in records if header.end <= offset or header.offset >= offset + nbytes]
-        synced = max((header.synced_bytes for header in sound), default=0)
-        for header in records:
-            if header.offset < offset + nbytes and offset < header.end:
+        for what, pages in self._unnamed[path]:
+            hit = [header for header in records if not pages.isdisjoint(_pages(header.offset, header.record_bytes))]
+            # A header that is damaged itself testifies to nothing.
+            synced = max((header.synced_bytes for header in records if header not in hit), default=0)
+            for header in hit:
                 new.append(_injury(what, path, header, promised=sealed or header.end <= synced))
+                pages -= _pages(header.offset, header.record_bytes)
+        self._unnamed[path] = [(what, pages) for what, pages in self._unnamed[path] if pages]
+        if not self._unnamed[path]:
+            del self._unnamed[path]
         self.found += new
         return new
+
+
+def _pages(offset: int, nbytes: int) -> set[int]:
+    return set(range(offset // PAGE_BYTES, -(-(offset + nbytes) // PAGE_BYTES)))
 
 
 def _injury(what: str, path: str, header: fmt.RecordHeader, *, promised: bool) -> Injury:

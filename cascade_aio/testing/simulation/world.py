@@ -160,6 +160,9 @@ class Process:
     def hurt(self, path: str, what: str, offset: int, nbytes: int) -> None:
         self.world.hurt(path, what, offset, nbytes)
 
+    def written(self, path: str, offset: int, nbytes: int) -> None:
+        self.world.written(path, offset, nbytes)
+
     def _raining(self, kind: str) -> bool:
         until_s = self.weather.get(kind)
         if until_s is None:
@@ -368,6 +371,12 @@ class World:
         if path.endswith(".seg") and not self._still_sealed(path, offset + nbytes):
             self.oracle.damaged(self._writers.get(posixpath.dirname(path), ()))
         self.log("damaged", what, path[-14:], offset, nbytes, [sorted(injury.blocks) for injury in hit])
+
+    def written(self, path: str, offset: int, nbytes: int) -> None:
+        """What was damaged there before may get its header, and so its name, only now."""
+        for injury in self.injuries.written(self.disk, path, offset, nbytes):
+            self.oracle.doubt_deletions(injury.deletions)
+            self.log("had damaged", injury.what, path[-14:], injury.start, sorted(injury.blocks))
 
     def _still_sealed(self, path: str, end: int) -> bool:
         """Whether a segment that was damaged up to ``end`` has its trailer: whoever looks at it stops at no hole."""
