@@ -228,7 +228,10 @@ class Store:
         await self._context.disk.flush()
 
     async def refresh(self) -> int:
-        """Learn of blocks that other writers of this root stored (and deleted); returns how many are new."""
+        """Learn of blocks that other writers of this root stored (and deleted); returns how many are new.
+
+        Own segments are read at opening only: what could not be read then is a miss until the next one.
+        """
         self._context.check()
         return await self._context.while_open(refresh(self._context))
 

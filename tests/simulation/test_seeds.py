@@ -13,7 +13,9 @@ import pytest
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import BlockNotFoundError
 from cascade_aio.model import compute_block_id, prefix_keys
+from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import Operation
+from cascade_aio.testing.simulation.oracle import Life, Oracle
 from cascade_aio.testing.world import World, cancel_others, fail_with, pseudo_bytes, virtual_loop
 
 
@@ -163,6 +165,55 @@ def test_names_of_blocks_in_a_segment_that_could_not_be_sealed_survive_a_checkpo
         store = await world.open()
         assert block_id in store
         assert name in store
+        await store.aclose()
+
+    run(story)
+
+
+def test_an_own_segment_that_an_opening_could_not_read_is_read_by_the_next_and_by_no_refresh() -> None:
+    """Seed 4625: the oracle took a refresh for a look at what the dead had left in the directory, too."""
+
+    async def story() -> None:
+        world, oracle = World(), Oracle(skewed=False)
+
+        async def opened(*, counts: bool) -> tuple[Store, Life]:
+            life = oracle.born(0, budget=False)
+            token = oracle.look_begins(life)
+            store = await world.open()
+            oracle.look_ends(life, token, counts=counts)
+            return store, life
+
+        store, life = await opened(counts=True)
+        put = oracle.put_begins(life, 0, None)
+        block_id = await store.put(b"key", pseudo_bytes("value", 60_000))
+        oracle.put_ends(put, stored=True)
+        began = oracle.now()
+        await store.flush()
+        oracle.flushed(life, began)
+        await kill(world)
+        oracle.died(life)
+
+        class Failing(list[Any]):
+            """The storage that is added cannot open a segment once."""
+
+            def append(self, storage: Any) -> None:
+                storage.hooks.append(fail_with(errno.EIO, "open", path_part=".seg"))
+                super().append(storage)
+
+        world.storages = Failing()
+        store, life = await opened(counts=False)
+        assert store.statistics()["disk"]["recovery"]["unreadable"] == 1
+        token = oracle.look_begins(life)
+        assert await store.refresh() == 0
+        oracle.look_ends(life, token, counts=True)
+        assert block_id not in store
+        assert not oracle.must_see(life, 0)
+        await store.aclose()
+        oracle.died(life)
+        world.storages = []
+        store, life = await opened(counts=True)
+        assert block_id in store
+        assert oracle.must_see(life, 0)
         await store.aclose()
 
     run(story)

@@ -35,6 +35,9 @@ What is exempt, and why:
   made one, what others put may be missing, and what they deleted may be there, until that segment is sealed or the
   store is opened again: that look goes on behind holes. So of a life whose segments were damaged while open the others
   know what they had heard before, and what their opening looked at.
+* What the dead have left is read by whoever opens in their directory, and not by its refreshes (FORMAT.md, Recovery):
+  after an opening with a failed read in it, what they put may be missing, and what they deleted may be there, until the
+  next opening.
 * A name put under several blocks resolves to one of them: first writer wins, by stamps that clients do not see.
   After a deletion of any of them it may resolve to nothing: rivals that lost are not remembered.
 * Errors are allowed where their cause was injected: see ``actors``.
@@ -71,7 +74,8 @@ class Life:
     """How many of them the last look that counts has taken in."""
 
     deaf: dict[Life, int] = dataclasses.field(default_factory=dict)
-    """Lives whose segments the medium has damaged, with when the last look began that was sure to hear them."""
+    """Lives whose segments the medium has damaged, or an opening could not read, with when the last look began that was
+    sure to hear them."""
     blind: dict[int, int] = dataclasses.field(default_factory=dict)
     """Blocks that it has forgotten after a record of them came to nothing, with ``heard`` of that moment."""
 
@@ -149,6 +153,7 @@ class Oracle:
     def look_ends(self, life: Life, token: tuple[int, int], *, counts: bool) -> bool:
         """``counts``: it ended well and no read failed in it. Whether it counts after all."""
         began, removals = token
+        failed = not counts
         counts = counts and life.removals == removals
         if counts and began > life.heard:
             life.heard, life.removals_heard = began, removals
@@ -156,6 +161,8 @@ class Oracle:
             life.opened = self.now()
             if counts:
                 life.deaf = dict.fromkeys(life.deaf, began)
+            elif failed:  # which of their directories is its own now is not known here
+                life.deaf.update((other, 0) for other in self.lives if other.ended)
         return counts
 
     def removed_segments(self, by: Life) -> None:
