@@ -87,7 +87,7 @@ class PolledStore:
     @property
     def pending(self) -> int:
         """Coroutines that have not ended."""
-        return len(self._submitted)
+        return sum(not task.done() for task in self._submitted)
 
     def poll(self) -> None:
         """Let everything that is ready go on. Does not wait; some 0.1 ms and what the tasks do."""
