@@ -7,7 +7,9 @@ writer's. Invariants:
   ``synced`` is on stable storage;
 * after the first failed write or sync (``failed``) no further byte goes to the file and it is never
   synced again;
-* a record is settled (reported durable) exactly once, when its end is at or below ``synced``.
+* a record is settled (reported durable) exactly once, when its end is at or below ``synced``;
+* ``announced <= synced``: what the headers placed so far say is durable. Recovery has to verify and write again what
+  lies beyond, so a *mark*, an empty NOTE, says so where no further record is about to.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ DISCARD_SECONDS_MAX = 1.0
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Placed:
-    """A record with its place. ``appends`` is what it carries (several for a NOTE, by ticket), ``buffer`` its bytes.
+    """A record with its place. ``appends`` is what it carries (several for a NOTE, by ticket; none for a mark),
+    ``buffer`` its bytes.
 
     Places are not in order of ticket: notes go before records, and what a failed segment held comes later.
     """
@@ -68,6 +71,7 @@ class ActiveSegment:
         self.entry = entry
         self.capacity_bytes = capacity_bytes
         self.placed = self.written = self.synced = PAGE_BYTES
+        self.announced = 0
         self.failed: BaseException | None = None
         self.unsynced_since_s: float | None = None
         self.users = 0
@@ -128,11 +132,24 @@ class ActiveSegment:
         assert self.fits(header.record_bytes, bindings=rows[1], tombstones=rows[2]), (header, self.room_bytes)
         self._rows = [placed + more for placed, more in zip(self._rows, rows, strict=True)]
         header.offset = self.placed
-        header.synced_bytes = self.synced
+        header.synced_bytes = self.announced = self.synced
         fmt.encode_record(placed.buffer[: header.header_pages * PAGE_BYTES], header, self.entry.identity)
         self.placed = header.end
         self._unsettled.append(placed)
-        self._unsettled_tickets.push(placed.first_ticket)
+        if placed.appends:
+            self._unsettled_tickets.push(placed.first_ticket)
+
+    def place_mark(self, stamp: int, settled_ticket: int) -> Write:
+        """Place an empty NOTE, whose header says what is durable, and plan its write, which nobody waits for.
+
+        ``settled_ticket``: of anything that is durable. The mark must fit. It need not be synced: what it says is true
+        as soon as it can be read.
+        """
+        mark = Placed(fmt.RecordHeader(fmt.NOTE, 1, PAGE_BYTES, 0, stamp, 0), (), page_buffer(PAGE_BYTES))
+        self.place(mark)
+        write = Write(mark.header.offset, PAGE_BYTES, [mark.buffer], settled_ticket, joins=False)
+        self.plan(write)
+        return write
 
     def plan(self, write: Write) -> None:
         """Announce a write, in order of offset, before any of them is started. Its ticket is final."""
@@ -143,7 +160,7 @@ class ActiveSegment:
         """Do a planned write. Raises ``OSError``."""
         await self._storage.write(self._file, write.buffers, write.offset)
         write.done = True
-        if self.unsynced_since_s is None:
+        if self.unsynced_since_s is None and self._unsettled_tickets.smallest is not None:  # a mark alone can wait
             self.unsynced_since_s = asyncio.get_running_loop().time()
         while self._writes and self._writes[0].done:
             done = self._writes.popleft()
@@ -164,7 +181,8 @@ class ActiveSegment:
         settled = []
         while self._unsettled and self._unsettled[0].end <= self.synced:
             placed = self._unsettled.popleft()
-            self._unsettled_tickets.pop(placed.first_ticket)
+            if placed.appends:
+                self._unsettled_tickets.pop(placed.first_ticket)
             self._tables.add(placed.header)
             settled.append(placed)
         self.entry.size_bytes = self.entry.scanned_bytes = self.synced
