@@ -9,6 +9,7 @@ number into the first bytes of each key. Memory belongs to the pool until ``clos
 from __future__ import annotations
 
 import mmap
+import pathlib
 import struct
 from typing import TYPE_CHECKING, Self
 
@@ -22,9 +23,10 @@ _STAMP = struct.Struct("<QQQ")
 
 
 class Pool:
-    """``count`` blocks of ``block_bytes`` (a multiple of 2 pages), filled from ``seed``."""
+    """``count`` blocks of ``block_bytes`` (a multiple of 2 pages), filled from ``seed``, or with the first
+    bytes of the file ``content`` (``EOFError`` if it is too short)."""
 
-    def __init__(self, block_bytes: int, count: int, seed: int) -> None:
+    def __init__(self, block_bytes: int, count: int, seed: int, content: pathlib.Path | None = None) -> None:
         assert count > 0
         assert block_bytes % (2 * mmap.PAGESIZE) == 0, block_bytes
         self.block_bytes = block_bytes
@@ -34,6 +36,9 @@ class Pool:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
+        if content is not None:
+            self._load(content)
+            return
         words = np.frombuffer(self.view, dtype=np.uint64)
         random = np.random.default_rng(seed)
         step = 1 << 20
@@ -41,6 +46,15 @@ class Pool:
             part = words[start : start + step]
             part[:] = random.integers(0, 1 << 64, size=len(part), dtype=np.uint64)
         del words
+
+    def _load(self, content: pathlib.Path) -> None:
+        rest = self.view
+        with content.open("rb", buffering=0) as file:
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise EOFError(f"{content.name} is {len(rest)} bytes too short for {self.count} blocks")
+                rest = rest[count:]
 
     @property
     def total_bytes(self) -> int:
