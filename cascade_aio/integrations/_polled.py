@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from cascade_aio.errors import ClosedError, ConfigError
-from cascade_aio.store import Store, open_store
+from cascade_aio.integrations._opening import AnyStore, Place
 
 T = TypeVar("T")
 
@@ -55,13 +55,13 @@ class Submitted(Generic[T]):
 class PolledStore:
     """An open store and the loop it lives in; see the module's docstring."""
 
-    def __init__(self, root: str, **settings: Any) -> None:
-        """Open the store: blocks until it is open. Settings and errors as of ``open_store``."""
+    def __init__(self, place: Place) -> None:
+        """Open the store: blocks until it is open. Errors as of ``Place.opened``."""
         _refuse_running_loop()
         self._loop = asyncio.new_event_loop()
         self._submitted: set[asyncio.Task[Any]] = set()
         try:
-            self.store: Store = self._loop.run_until_complete(_opened(root, settings))
+            self.store: AnyStore = self._loop.run_until_complete(place.opened())
         except BaseException:
             self._loop.close()
             raise
@@ -76,7 +76,7 @@ class PolledStore:
         task.add_done_callback(self._submitted.discard)
         return Submitted(task)
 
-    def call(self, function: Callable[[Store], T]) -> T:
+    def call(self, function: Callable[[AnyStore], T]) -> T:
         """``function(store)``, for what does not wait: lookups. As if called in the loop, without a turn of it."""
         asyncio._set_running_loop(self._loop)  # what loops of other libraries call; a turn would cost 20 us a lookup
         try:
@@ -114,10 +114,6 @@ class PolledStore:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
-
-
-async def _opened(root: str, settings: dict[str, Any]) -> Store:
-    return await open_store(root, **settings)
 
 
 def _refuse_running_loop() -> None:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from cascade_aio.errors import ClosedError
-from cascade_aio.store import Store, open_store
+from cascade_aio.integrations._opening import AnyStore, Place
 
 T = TypeVar("T")
 
@@ -25,8 +25,8 @@ T = TypeVar("T")
 class ThreadedStore:
     """An open store and its thread."""
 
-    def __init__(self, root: str, **settings: Any) -> None:
-        """Open the store: blocks until it is open. Settings and errors as of ``open_store``."""
+    def __init__(self, place: Place) -> None:
+        """Open the store: blocks until it is open. Errors as of ``Place.opened``."""
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()
         self._closed = False
@@ -34,7 +34,7 @@ class ThreadedStore:
         self._thread = threading.Thread(target=self._run, name="cascade-store", daemon=True)
         self._thread.start()
         try:
-            self.store: Store = asyncio.run_coroutine_threadsafe(_opened(root, settings), self._loop).result()
+            self.store: AnyStore = asyncio.run_coroutine_threadsafe(place.opened(), self._loop).result()
         except BaseException:
             self._end_thread()
             raise
@@ -44,7 +44,7 @@ class ThreadedStore:
             runner.get_loop().run_forever()
 
     def submit(
-        self, make: Callable[[Store], Coroutine[Any, Any, T]], on_done: Callable[[Future[T]], None] | None = None
+        self, make: Callable[[AnyStore], Coroutine[Any, Any, T]], on_done: Callable[[Future[T]], None] | None = None
     ) -> Future[T]:
         """Run ``make(store)`` in the loop. Does not block. Raises ``ClosedError`` after ``close``.
 
@@ -59,7 +59,7 @@ class ThreadedStore:
             self._loop.call_soon_threadsafe(self._start, make, future)
         return future
 
-    def _start(self, make: Callable[[Store], Coroutine[Any, Any, T]], future: Future[T]) -> None:
+    def _start(self, make: Callable[[AnyStore], Coroutine[Any, Any, T]], future: Future[T]) -> None:
         task = self._loop.create_task(_settle(make(self.store), future))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -86,10 +86,6 @@ class ThreadedStore:
     def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-
-
-async def _opened(root: str, settings: dict[str, Any]) -> Store:
-    return await open_store(root, **settings)
 
 
 async def _settle(coroutine: Coroutine[Any, Any, T], future: Future[T]) -> None:

@@ -13,7 +13,7 @@ starts promoting its hits from disk, so that the load that follows finds them in
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import contextlib
 import hashlib
 import os
 import threading
@@ -21,11 +21,10 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cascade_aio.config import StoreConfig
-from cascade_aio.errors import CascadeError, ConfigError
+from cascade_aio.errors import BlockNotFoundError, CascadeError
+from cascade_aio.integrations._opening import AnyStore, place_of
 from cascade_aio.integrations._threaded import ThreadedStore
 from cascade_aio.model import BlockMeta, PrefixKey, prefix_root
-from cascade_aio.store import Store
 
 try:
     from lmcache.lmcache_native import Bitmap
@@ -61,15 +60,11 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     """See the module's docstring. Calls may come from any thread; none but ``close`` blocks."""
 
     def __init__(self, params: dict[str, Any], l1_memory_desc: L1MemoryDesc | None = None) -> None:
-        """``params``: ``root`` and the settings of ``open_store``. Raises ``ConfigError`` for wrong ones, and what
-        ``open_store`` raises."""
-        settings = dict(params)
-        root = settings.pop("root", None)
-        if not isinstance(root, str) or not root:
-            raise ConfigError('adapter_params needs "root", the directory of the store')
-        known = {field.name for field in dataclasses.fields(StoreConfig)}
-        if unknown := settings.keys() - known:
-            raise ConfigError(f"adapter_params has unknown settings {sorted(unknown)}; there are {sorted(known)}")
+        """``params``: ``root`` and the settings of ``open_store``, or ``service``, the socket of a node service.
+
+        Raises ``ConfigError`` for wrong ones, and what opening raises. Blocks until the store is open.
+        """
+        place = place_of(params, who="adapter_params")
         super().__init__()
         self._lock = threading.Lock()
         self._task_id = 0
@@ -79,7 +74,7 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._failures = {"store": 0, "load": 0}
         self._gate = asyncio.Semaphore(STORES_AT_ONCE)
         self._meta = BlockMeta(layout=LAYOUT)
-        self._threaded = ThreadedStore(root, **settings)
+        self._threaded = ThreadedStore(place)
         self._store_fd, self._lookup_fd, self._load_fd = (_event_fd() for _ in range(3))
 
     def get_store_event_fd(self) -> int:
@@ -94,9 +89,14 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     # -- store
 
     def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
+        """Store ``objects`` under ``keys``; returns the task's id at once.
+
+        The objects' memory is read until the task is among ``pop_completed_store_tasks``, which the store's event
+        announces. It succeeds when all of them are on stable storage. A key that is known keeps its bytes.
+        """
         rows = [_bytes_of(item) for item in objects]
 
-        async def work(store: Store) -> int:
+        async def work(store: AnyStore) -> int:
             await _all([self._store_one(store, _name(key), row) for key, row in zip(keys, rows, strict=True)])
             await store.flush()
             return sum(row.nbytes for row in rows)
@@ -111,7 +111,7 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
         return self._submit(work, self._stored, self._store_fd, result_of)
 
-    async def _store_one(self, store: Store, name: PrefixKey, row: memoryview) -> None:
+    async def _store_one(self, store: AnyStore, name: PrefixKey, row: memoryview) -> None:
         async with self._gate:
             await store.put(b"", row, prefix=name, meta=self._meta)
 
@@ -129,8 +129,8 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         """Nothing is locked: an object that is evicted before it is loaded is a miss of the load."""
         names = [_name(key) for key in keys]
 
-        async def work(store: Store) -> list[bool]:
-            found = [name in store for name in names]
+        async def work(store: AnyStore) -> list[bool]:
+            found = list(await asyncio.gather(*map(store.contains, names)))
             if any(found):
                 store.prefetch([name for name, there in zip(names, found, strict=True) if there], priority="high")
             return found
@@ -149,13 +149,13 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         rows = [_bytes_of(item) for item in objects]
 
-        async def work(store: Store) -> list[bool]:
+        async def work(store: AnyStore) -> list[bool]:
             pairs = zip(keys, rows, strict=True)
             return list(await asyncio.gather(*(self._load_one(store, _name(key), row) for key, row in pairs)))
 
         return self._submit(work, self._loaded, self._load_fd, lambda future: self._bitmap(future, len(rows)))
 
-    async def _load_one(self, store: Store, name: PrefixKey, row: memoryview) -> bool:
+    async def _load_one(self, store: AnyStore, name: PrefixKey, row: memoryview) -> bool:
         try:
             await store.read_into(name, bytearray(), row)
         except _FAILURES as error:
@@ -172,9 +172,9 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def delete(self, keys: list[ObjectKey]) -> None:
         """Forget the objects; returns at once."""
 
-        async def work(store: Store) -> None:
+        async def work(store: AnyStore) -> None:
             for key in keys:
-                if _name(key) in store:
+                with contextlib.suppress(BlockNotFoundError):
                     await store.delete(_name(key))
 
         self._threaded.submit(work)
@@ -182,11 +182,11 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def report_status(self) -> dict[str, Any]:
         """Blocks for one turn of the store's loop."""
 
-        async def work(store: Store) -> dict[str, Any]:
-            return store.statistics()
+        async def work(store: AnyStore) -> dict[str, Any]:
+            return await store.statistics()
 
         statistics = self._threaded.submit(work).result()
-        return {"is_healthy": not statistics["damage"], "failures": dict(self._failures), **statistics}
+        return {"is_healthy": not statistics.get("damage"), "failures": dict(self._failures), **statistics}
 
     def close(self) -> None:
         """Finish what was submitted, flush and close the store. Blocks; repeated calls do nothing."""
@@ -199,7 +199,7 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def _submit(
         self,
-        work: Callable[[Store], Coroutine[Any, Any, T]],
+        work: Callable[[AnyStore], Coroutine[Any, Any, T]],
         results: dict[int, Any],
         event_fd: int,
         result_of: Callable[[Future[T]], Any],

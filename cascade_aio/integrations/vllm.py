@@ -14,9 +14,11 @@ damaged load is reported for its keys and is a miss from then on, so vLLM recomp
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -24,18 +26,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from cascade_aio.config import StoreConfig
-from cascade_aio.errors import CascadeError, ConfigError
+from cascade_aio.errors import CascadeError, ConfigError, ServiceUnavailableError
+from cascade_aio.integrations._opening import place_of
 from cascade_aio.integrations._polled import PolledStore, Submitted
 from cascade_aio.model import BlockMeta, Namespace, PrefixKey, prefix_root
 
 try:
     import vllm
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
     from vllm.logger import init_logger
     from vllm.v1.kv_offload.base import (
         LookupResult,
         Medium,
+        OffloadingCounterMetadata,
         OffloadingEvent,
+        OffloadingMetricMetadata,
         OffloadKey,
         ReqContext,
         RequestOffloadingContext,
@@ -63,6 +68,19 @@ FAILED_SECONDS = 60.0
 
 FLUSH_SECONDS = 1.0
 """At most so long after it was stored is a row durable, as long as the engine polls."""
+
+ASKED_MAX = 4096
+"""Questions to a node service on their way; what finds no place is a miss."""
+
+SILENT_SECONDS = 5.0
+"""A node service that was not there is not asked for so long: requests do not wait for it again and again."""
+
+_METRICS = {
+    "stored_blocks": ("vllm:cascade_aio_stored_blocks", "Blocks that cascade_aio took."),
+    "stored_failures": ("vllm:cascade_aio_store_failures", "Blocks that cascade_aio could not store."),
+    "loaded_blocks": ("vllm:cascade_aio_loaded_blocks", "Blocks that cascade_aio loaded, each verified."),
+    "loaded_failures": ("vllm:cascade_aio_load_failures", "Blocks that cascade_aio lost, found damaged or late."),
+}
 
 MODEL_SAMPLE_BYTES = 1 << 20
 """Bytes at the head and at the tail of each weight file that name a model directory."""
@@ -94,25 +112,20 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         offloading_spec: OffloadingSpec,
         primary_kv_view: memoryview,
         tier_type: str,
-        root: str,
         revision: str = "",
         salt: str = "",
         enable_kv_events: bool = False,
         backpressure_detector: BackpressureDetector | None = None,
         **settings: Any,
     ) -> None:
-        """``root``: the store's directory. ``revision`` names the model's revision where the model is no local
-        directory; ``salt`` separates tenants. ``settings`` are those of ``open_store``.
+        """``settings``: ``root`` and the settings of ``open_store``, or ``service``, the socket of a node service that
+        several servers share. ``revision`` names the model's revision where the model is no local directory;
+        ``salt`` separates tenants.
 
-        Raises ``ConfigError`` for a setting that is unknown or wrong, and what ``open_store`` raises.
+        Raises ``ConfigError`` for a setting that is unknown or wrong, and what opening raises.
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        known = {field.name for field in dataclasses.fields(StoreConfig)}
-        for name in settings:
-            if name not in known:
-                raise ConfigError(
-                    f"{name!r} is no setting of CascadeTier; settings are root, revision, salt and {known}"
-                )
+        place = place_of(settings, who="CascadeTier", own=("revision", "salt", "enable_kv_events"))
         rows = primary_kv_view if primary_kv_view.contiguous else None
         if rows is None:
             raise ConfigError("the primary region is not contiguous; CascadeTier stores whole rows of it")
@@ -125,22 +138,62 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         self._meta = BlockMeta(layout=LAYOUT)
         self._flushing: Submitted[None] | None = None
         self._flush_at_s: float | None = None
-        self._polled = PolledStore(root, **settings)
+        self._asked: dict[OffloadKey, Submitted[bool]] = {}
+        self._silent_until_s = 0.0
+        self._region_path = _region_path(offloading_spec)
+        self._counted = dict.fromkeys(_METRICS, 0)
+        self._shared = place.is_shared
+        self._polled = PolledStore(place)
         self._gate = asyncio.Semaphore(STORES_AT_ONCE)
 
     # -- lookups
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        """In memory only: microseconds."""
+        """In memory only: microseconds. ``RETRY`` while a node service is asked for what memory does not show."""
         until_s = self._failed_until_s.get(key)
         if until_s is not None:
             if time.monotonic() < until_s:
                 return LookupResult.MISS
             del self._failed_until_s[key]
         name = self._name(key)
-        return LookupResult.HIT if self._polled.call(lambda store: name in store) else LookupResult.MISS
+        if self._polled.call(lambda store: name in store):
+            self._asked.pop(key, None)
+            return LookupResult.HIT
+        return self._ask(key, name) if self._shared else LookupResult.MISS
+
+    def _ask(self, key: OffloadKey, name: PrefixKey) -> LookupResult:
+        """What the service says of a block that is not in shared memory; it answers between two polls."""
+        asked = self._asked.get(key)
+        if asked is not None:
+            if not asked.done:
+                return LookupResult.RETRY
+            del self._asked[key]
+            return self._answer_of(asked)
+        if time.monotonic() < self._silent_until_s:
+            return LookupResult.MISS
+        if len(self._asked) >= ASKED_MAX:  # of requests that were given up
+            self._asked = {key: asked for key, asked in self._asked.items() if not asked.done}
+        if len(self._asked) >= ASKED_MAX:
+            return LookupResult.MISS
+        self._asked[key] = self._polled.submit(self._polled.store.contains(name))
+        return LookupResult.RETRY
+
+    def _answer_of(self, asked: Submitted[bool]) -> LookupResult:
+        error = asked.error
+        if error is None:
+            return LookupResult.HIT if asked.result else LookupResult.MISS
+        self._check_expected(error)
+        if time.monotonic() >= self._silent_until_s:
+            logger.warning("cascade_aio cannot look up blocks: %s", error)
+        self._silent_until_s = time.monotonic() + SILENT_SECONDS
+        return LookupResult.MISS
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        """By now every worker has mapped vLLM's region: its name goes, so that it cannot outlive the server."""
+        if self._region_path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._region_path)
+            self._region_path = None
         return RequestOffloadingContext()
 
     def _name(self, key: OffloadKey) -> PrefixKey:
@@ -149,6 +202,11 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
     # -- transfers
 
     def submit_store(self, job_metadata: TransferJob) -> None:
+        """Begin to store rows of the primary region; they are read until the job is among ``get_finished_jobs``.
+
+        A row becomes readable with its job's end and durable within ``FLUSH_SECONDS`` of it. Keys that the store has
+        are finished at once. Blocks follow the order of the request, so that eviction takes suffixes first.
+        """
         keys = list(job_metadata.keys)
         names = [self._name(key) for key in keys]
         places = [job_metadata.req_context.get_offload_key_position(key) for key in keys]
@@ -165,6 +223,10 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         )
 
     def submit_load(self, job_metadata: TransferJob) -> None:
+        """Begin to fill rows of the primary region; they are written until the job is among ``get_finished_jobs``.
+
+        A row whose key failed may have been written to and holds nothing usable.
+        """
         keys = list(job_metadata.keys)
         rows = self._rows_of(job_metadata)
         self._begin(
@@ -205,6 +267,9 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
                 self._note_failure(job, key, part.error)
         if not job.loading and good and self._events is not None:
             self._events.append(OffloadingEvent(keys=good, medium=self.medium, removed=False))
+        kind = "loaded" if job.loading else "stored"
+        self._counted[f"{kind}_blocks"] += len(good)
+        self._counted[f"{kind}_failures"] += len(job.keys) - len(good)
         return JobResult(
             job_id=job.job_id,
             success=len(good) == len(job.keys),
@@ -214,11 +279,35 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         )
 
     def _note_failure(self, job: _Job, key: OffloadKey, error: BaseException) -> None:
-        if not isinstance(error, CascadeError | OSError | asyncio.CancelledError):
-            raise error
+        self._check_expected(error)
         if job.loading:
             self._failed_until_s[key] = time.monotonic() + FAILED_SECONDS
+        if isinstance(error, ServiceUnavailableError):
+            self._silent_until_s = time.monotonic() + SILENT_SECONDS
         logger.warning("cascade_aio could not %s a block: %s", "load" if job.loading else "store", error)
+
+    @staticmethod
+    def _check_expected(error: BaseException) -> None:
+        """A defect of ours is raised in vLLM's loop, what the outside did is a miss."""
+        if not isinstance(error, CascadeError | OSError | asyncio.CancelledError):
+            raise error
+
+    # -- what is told
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:
+        return {name: OffloadingCounterMetadata(documentation=text) for name, text in _METRICS.values()}
+
+    def get_stats(self) -> OffloadingConnectorStats | None:
+        """Counts since the last call, ``None`` if there are none."""
+        if not any(self._counted.values()):
+            return None
+        stats = OffloadingConnectorStats()
+        for counter, (name, _) in _METRICS.items():
+            if self._counted[counter]:
+                stats.increase_counter(name, self._counted[counter])
+        self._counted = dict.fromkeys(_METRICS, 0)
+        return stats
 
     # -- durability and the end
 
@@ -250,6 +339,12 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         """Finish transfers, flush and close. Blocks. Lets go of vLLM's region, which can then be unmapped."""
         self._polled.close()
         self._rows.release()
+
+
+def _region_path(spec: OffloadingSpec) -> str | None:
+    """The file of the primary region, where the spec tells."""
+    path = getattr(getattr(spec, "_scheduler_mmap", None), "mmap_path", None)
+    return path if isinstance(path, str) else None
 
 
 def _namespace_of(spec: OffloadingSpec, revision: str, salt: str) -> Namespace:

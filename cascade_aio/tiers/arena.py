@@ -156,7 +156,25 @@ async def open_arena(path: str, nbytes: int) -> SharedArena:
     directory does not exist; ``TierFullError`` if the memory is not there. Reserves memory in a
     worker thread (about 0.25 s per GiB); a cancelled call leaves no file behind.
     """
-    fd = _lock_file(path)
+    return await _mapped(_lock_file(path), path, nbytes)
+
+
+async def open_unnamed_arena(directory: str, nbytes: int) -> SharedArena:
+    """An arena in the tmpfs ``directory`` that never has a name: however its process ends, nothing is left.
+
+    No other process finds it, and any number may be open at once. Errors, blocking and cancellation as ``open_arena``.
+    """
+    try:
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"shm_dir={directory!r} takes no arena ({error.strerror}); point it at a tmpfs such as /dev/shm"
+        ) from error
+    return await _mapped(fd, os.path.join(directory, f"(arena without a name of process {os.getpid()})"), nbytes)
+
+
+async def _mapped(fd: int, path: str, nbytes: int) -> SharedArena:
+    """The arena of ``nbytes`` in the empty file ``fd``; takes the descriptor."""
     arena: SharedArena | None = None
     try:
         _check_room(path, fd, nbytes)

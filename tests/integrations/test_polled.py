@@ -6,15 +6,21 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cascade_aio import BlockNotFoundError, ClosedError, ConfigError
+from cascade_aio.integrations._opening import Place, place_of
 from cascade_aio.integrations._polled import PolledStore
 from cascade_aio.model import PrefixKey
 
 NAME = PrefixKey(bytes(range(32)))
 POLL_SECONDS_MAX = 60
+
+
+def place(root: str, **settings: Any) -> Place:
+    return place_of({"root": root, "shm_bytes": "16MiB", "segment_bytes": "16MiB", **settings}, who="test")
 
 
 @pytest.fixture
@@ -24,7 +30,7 @@ def root(tmp_path: Path) -> str:
 
 @pytest.fixture
 def polled(root: str) -> Iterator[PolledStore]:
-    store = PolledStore(root, shm_bytes="16MiB", segment_bytes="16MiB")
+    store = PolledStore(place(root))
     yield store
     store.close()
 
@@ -57,7 +63,7 @@ def test_what_was_put_is_there_in_the_next_process(root: str, polled: PolledStor
     polled.submit(polled.store.put(b"k", b"v" * 100_000, prefix=NAME))
     polled.close()
     polled.close()
-    again = PolledStore(root, shm_bytes="16MiB", segment_bytes="16MiB")
+    again = PolledStore(place(root))
     target = bytearray(100_000)
     again.submit(again.store.read_into(NAME, bytearray(1), target))
     again.drain()
@@ -76,11 +82,9 @@ def test_errors_are_kept_for_who_asks(polled: PolledStore) -> None:
 def test_closed_and_misused(root: str, polled: PolledStore) -> None:
     async def inside() -> None:
         with pytest.raises(ConfigError, match="event loop runs in this thread"):
-            PolledStore(root + "2")
+            PolledStore(place(root + "2"))
 
     asyncio.run(inside())
-    with pytest.raises(ConfigError, match="no_such_setting"):
-        PolledStore(root + "3", no_such_setting=1)
     polled.close()
     with pytest.raises(ClosedError):
         polled.submit(polled.store.flush())

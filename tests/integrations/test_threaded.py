@@ -7,14 +7,20 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cascade_aio import BlockNotFoundError, ClosedError, ConfigError, Store
+from cascade_aio import BlockNotFoundError, ClosedError, ConfigError
+from cascade_aio.integrations._opening import AnyStore, Place, place_of
 from cascade_aio.integrations._threaded import ThreadedStore
 from cascade_aio.model import PrefixKey
 
 WAIT_S = 60
+
+
+def place(root: Path, **settings: Any) -> Place:
+    return place_of({"root": str(root), "shm_bytes": "16MiB", "segment_bytes": "16MiB", **settings}, who="test")
 
 
 def name(number: int) -> PrefixKey:
@@ -23,7 +29,7 @@ def name(number: int) -> PrefixKey:
 
 @pytest.fixture
 def threaded(tmp_path: Path) -> Iterator[ThreadedStore]:
-    store = ThreadedStore(str(tmp_path / "root"), shm_bytes="16MiB", segment_bytes="16MiB")
+    store = ThreadedStore(place(tmp_path / "root"))
     yield store
     store.close()
 
@@ -57,7 +63,7 @@ def test_who_asked_to_be_told_is_told_in_the_loops_thread(threaded: ThreadedStor
 
 
 def test_closing_finishes_what_was_submitted(tmp_path: Path, threaded: ThreadedStore) -> None:
-    async def put(store: Store, number: int) -> None:
+    async def put(store: AnyStore, number: int) -> None:
         await store.put(b"", bytes([number]) * 99_999, prefix=name(number))
 
     futures = [threaded.submit(functools.partial(put, number=number)) for number in range(30)]
@@ -68,15 +74,16 @@ def test_closing_finishes_what_was_submitted(tmp_path: Path, threaded: ThreadedS
         threaded.submit(lambda store: store.flush())
     assert not [thread for thread in threading.enumerate() if thread.name == "cascade-store"]
 
-    async def count(store: Store) -> int:
+    async def count(store: AnyStore) -> int:
         return len(store)
 
-    again = ThreadedStore(str(tmp_path / "root"), shm_bytes="16MiB", segment_bytes="16MiB")
+    again = ThreadedStore(place(tmp_path / "root"))
     assert again.submit(count).result(WAIT_S) == 30
     again.close()
 
 
 def test_a_store_that_cannot_be_opened_leaves_no_thread(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no_such_setting"):
-        ThreadedStore(str(tmp_path / "root"), no_such_setting=1)
+    (tmp_path / "root").write_text("no directory")
+    with pytest.raises((ConfigError, OSError)):
+        ThreadedStore(place(tmp_path / "root"))
     assert not [thread for thread in threading.enumerate() if thread.name == "cascade-store"]
