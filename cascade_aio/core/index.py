@@ -206,6 +206,10 @@ class BlockIndex:
         """The row that ``prefix`` (32 bytes) names, or -1."""
         return self._bindings.find(prefix)
 
+    def binding(self, prefix: bytes) -> tuple[int, bytes | None, int] | None:
+        """(row, parent or ``None``, stamp) of the name ``prefix``, or ``None`` if it names nothing."""
+        return self._bindings.get(prefix)
+
     def unbind(self, prefix: bytes) -> bool:
         """Forget a name; ``False`` if it named nothing. The block stays."""
         if self.on_unbind is not None and (row := self._bindings.find(prefix)) >= 0:

@@ -99,6 +99,14 @@ class PrefixBindings:
         slot = self._table.find(prefix)
         return self._row[slot] - 1 if slot >= 0 else -1
 
+    def get(self, prefix: bytes) -> tuple[int, bytes | None, int] | None:
+        """(row, parent or ``None``, stamp) of what ``prefix`` names, or ``None``."""
+        slot = self._table.find(prefix)
+        if slot < 0 or not self._row[slot]:
+            return None
+        above = self._parent[slot]
+        return self._row[slot] - 1, self._key(above - 1) if above else None, self._stamp[slot]
+
     def unbind(self, prefix: bytes) -> bool:
         """Forget what ``prefix`` names; ``False`` if it named nothing. Its children keep it as parent."""
         slot = self._table.find(prefix)

@@ -24,6 +24,7 @@ from cascade_aio.segments.arrival import Arrival
 from cascade_aio.segments.facts import Location
 from cascade_aio.segments.format import payload_bytes_of
 from cascade_aio.segments.table import SegmentTable
+from cascade_aio.store.naming import NameKeeper
 from cascade_aio.tiers.shm import Extent, ShmTier
 
 _PASSED_OVER_MAX = 16
@@ -146,6 +147,7 @@ class Catalog:
         blocks_max: int,
     ) -> None:
         self.index = BlockIndex(capacity_max=blocks_max)
+        self.names = NameKeeper(self.index)
         self.shm = shm
         self.segments = segments
         self.shm_policy = shm_policy
@@ -169,7 +171,7 @@ class Catalog:
         """Start from a checkpoint's index instead of an empty one. Before anything else happened."""
         assert not self.copies, "the catalog is in use"
         assert not len(self.index), "the catalog is in use"
-        self.index = index
+        self.index = self.names.index = index
         for number, stamp in index.newest_stamps().items():
             entry = self.segments.get(number)
             if entry is not None:
@@ -203,7 +205,9 @@ class Catalog:
 
     def _remove(self, row: int) -> None:
         self.on_forget(row)
+        contested = self.names.contested(row)
         self.index.remove(row)
+        self.names.freed(contested)
 
     def _forget_if_gone(self, row: int) -> None:
         if not self.is_in_arena(row) and self.index.location(row) is None:

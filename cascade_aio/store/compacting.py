@@ -199,7 +199,8 @@ class Compactor:
     async def _names(
         self, bindings: Sequence[BindingFact], items: Sequence[Item]
     ) -> dict[tuple[bytes, bytes], fmt.NoteBinding]:
-        """Names of blocks that live elsewhere, or may live where nobody could look."""
+        """Names that no record of ``items`` brings along: of blocks that live elsewhere, or may live where nobody could
+        look; and those that name another block, as long as that lasts."""
         index, live = self._context.catalog.index, self._context.merger.facts.is_live
         moved = {item.digest[:BLOCK_ID_BYTES] for item in items}
         blind = any(entry.unreadable or entry.refused for entry in self._context.disk.table)
@@ -208,7 +209,7 @@ class Compactor:
             if count and not count % STEP_FACTS:
                 await asyncio.sleep(0)
             row = index.find(fact.block_id)
-            if fact.block_id in moved or (index.find_prefix(fact.key) != row if row >= 0 else not blind):
+            if (not blind) if row < 0 else (fact.block_id in moved and index.find_prefix(fact.key) == row):
                 continue
             if live(fact.block_id, fact.stamp):
                 kept[fact.block_id, fact.key] = fmt.NoteBinding(fact.block_id, fact.key, fact.parent, fact.stamp)

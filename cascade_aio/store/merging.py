@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.core.lifecycle import CopyState
@@ -28,22 +27,11 @@ from cascade_aio.segments.facts import (
     VanishedFact,
 )
 from cascade_aio.store.catalog import Catalog
-
-PENDING_BINDINGS_MAX = 1_000_000
-"""Bindings that wait for their block's record or for their name; beyond, the newest are dropped (a miss)."""
+from cascade_aio.store.naming import Name
 
 STANDBYS_MAX = 10_000
 """Blocks of which a second record is remembered, those told last; beyond, a deletion between the two makes the block a
 miss until the next look."""
-
-
-class _Name(NamedTuple):
-    """A binding that cannot be applied yet."""
-
-    block_id: bytes
-    key: bytes
-    parent: bytes | None
-    stamp: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,12 +62,11 @@ class CatalogMerger:
     def __init__(self, catalog: Catalog, report_damage: Callable[[CorruptionError], None]) -> None:
         self._catalog = catalog
         self._report_damage = report_damage
-        self._pending: dict[bytes, list[_Name]] = {}
-        self._rivals: dict[bytes, list[_Name]] = {}
-        self._pending_count = 0
         self._standbys: dict[bytes, BlockFact] = {}
         """By block: the newest record that is not known to be durable and gave way to another, until it is."""
         self.facts = FactMerger()
+        self.names = catalog.names
+        self.names.is_live = self.facts.is_live
         self.conflicts = 0
         self.hearsay = False
         """Whether a name or a deletion was taken in that is another writer's and was not known to be durable."""
@@ -91,7 +78,7 @@ class CatalogMerger:
             return self._block(fact)
         if isinstance(fact, BindingFact):
             self.hearsay |= fact.provisional
-            self._binding(_Name(fact.block_id, fact.key, fact.parent, fact.stamp))
+            self.names.claim(Name(fact.block_id, fact.key, fact.parent, fact.stamp))
         elif isinstance(fact, TombstoneFact):
             self.hearsay |= fact.provisional
             self.bury(fact.block_id, fact.stamp)
@@ -107,19 +94,6 @@ class CatalogMerger:
             )
         return 0
 
-    def settle(self) -> None:
-        """All facts are in: bindings whose block never came are dropped, and names whose block turned out
-        to be deleted go to the oldest of those that came too late."""
-        index = self._catalog.index
-        for key, rivals in self._rivals.items():
-            for name in sorted(rivals, key=lambda rival: (rival.stamp, rival.block_id)):
-                row = index.find(name.block_id)
-                if row >= 0 and index.find_prefix(key) < 0 and self.facts.is_live(name.block_id, name.stamp):
-                    index.bind(key, row, name.parent, name.stamp)
-        self._rivals.clear()
-        self._pending.clear()
-        self._pending_count = 0
-
     def bury(self, block_id: bytes, stamp: int) -> None:
         """A tombstone: whatever is known of the block and not newer goes."""
         if not self.facts.bury(block_id, stamp):
@@ -132,12 +106,14 @@ class CatalogMerger:
             newer = catalog.index.bindings_newer_than(row, stamp)
             catalog.drop_row(row)
             for name in newer:  # they speak of a record that is still to be read, or of the one that stands by
-                self._binding(_Name(block_id, *name))
+                self.names.claim(Name(block_id, *name))
             standby = self._standbys.pop(block_id, None)
             if standby is not None and catalog.segments.get(standby.location.segment) is not None:
                 self._block(standby)
         else:  # put again since: but its names of before stay deleted
+            contested = self.names.contested(row)
             catalog.index.unbind_until(row, stamp)
+            self.names.freed(contested)
             copy = catalog.copies.get(row)
             if copy is not None and copy.state is CopyState.COPYING and copy.stamp <= stamp:
                 catalog.reject(copy)  # deleted on its way to the disk: who puts the block again has to write it again
@@ -180,9 +156,7 @@ class CatalogMerger:
             self._stand_by(fact)
         elif sure:
             catalog.note_stamp(row, stamp)
-        for waiting in self._pending.pop(fact.block_id, ()):
-            self._pending_count -= 1
-            self._binding(waiting)
+        self.names.appeared(fact.block_id)
         return int(fresh)
 
     def _stand_by(self, fact: BlockFact) -> None:
@@ -210,18 +184,6 @@ class CatalogMerger:
         if theirs is not ours:
             return theirs
         return fact.stamp >= index.stamp(row)
-
-    def _binding(self, name: _Name) -> None:
-        if not self.facts.is_live(name.block_id, name.stamp):
-            return
-        index = self._catalog.index
-        row = index.find(name.block_id)
-        if row >= 0 and (index.bind(name.key, row, name.parent, name.stamp) or index.find_prefix(name.key) == row):
-            return
-        if self._pending_count < PENDING_BINDINGS_MAX:
-            waiting, what = (self._pending, name.block_id) if row < 0 else (self._rivals, name.key)
-            waiting.setdefault(what, []).append(name)
-            self._pending_count += 1
 
     def _vanished(self, segment: int) -> None:
         for row in self._catalog.index.rows_in_segment(segment).tolist():

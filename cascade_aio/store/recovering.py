@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import posixpath
+import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 import numpy as np
@@ -26,13 +27,18 @@ from cascade_aio.segments.checkpoint import (
     write_checkpoint,
 )
 from cascade_aio.segments.facts import BindingFact, BlockFact, Fact, TombstoneFact
+from cascade_aio.segments.format import NO_PARENT
 from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim, largest_checkpoint
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.merging import PROVISIONAL
+from cascade_aio.store.naming import Name
 
 TRIMMED_BLOCKS_MIN = 100_000
 """Opening more blocks than this leaves so much freed memory behind (80 bytes a block) that it is returned."""
+
+_RIVAL = struct.Struct("<16s32s32sQ")
+"""A claim to a name that another block has, in a checkpoint: block id, key, parent (zeros: none), stamp."""
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -82,7 +88,7 @@ async def take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
                     context.disk.table[fact.location.segment].refused = True
                 refused = error
             context.facts_applied += 1
-    context.merger.settle()
+    context.merger.names.settle()
     if refused is not None:
         logger.warning("%d facts of the root are not known to this store: %s", context.facts_refused, refused)
     return fresh
@@ -94,8 +100,11 @@ async def _load(context: StoreContext, checkpoint: Checkpoint) -> Sequence[Cover
     columns = dict(checkpoint.columns)
     tombstone_ids = columns.pop("tombstone_id", np.zeros((0, BLOCK_ID_BYTES), np.uint8))
     tombstone_stamps = columns.pop("tombstone_stamp", np.zeros(0, np.uint64))
+    rivals = columns.pop("rival", np.zeros((0, _RIVAL.size), np.uint8))
     try:
         check_columns(columns)
+        if rivals.dtype != np.uint8 or rivals.ndim != 2 or rivals.shape[1] != _RIVAL.size:
+            raise CorruptionError("the checkpoint's list of contested names is unusable")
         if len(columns["segment"]) and not 0 <= columns["segment"].max(initial=0) < len(checkpoint.covers):
             raise CorruptionError("the checkpoint names a segment that it does not list")
         index = await asyncio.to_thread(BlockIndex.from_columns, columns, capacity_max=context.config.index_blocks_max)
@@ -109,6 +118,10 @@ async def _load(context: StoreContext, checkpoint: Checkpoint) -> Sequence[Cover
     catalog.adopt_index(index)
     for block_id, stamp in zip(tombstone_ids, tombstone_stamps.tolist(), strict=True):
         context.merger.facts.bury(block_id.tobytes(), stamp)
+    context.merger.names.remember(
+        Name(block_id, key, None if parent == NO_PARENT else parent, stamp)
+        for block_id, key, parent, stamp in _RIVAL.iter_unpack(rivals.tobytes())
+    )
     newest = int(columns["stamp"].max(initial=0))
     context.disk.clock.observe(newest, context.platform.clock.wall_ns())
     return checkpoint.covers
@@ -139,6 +152,11 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
     ids = np.frombuffer(b"".join(tombstones), dtype=np.uint8).reshape(-1, BLOCK_ID_BYTES)
     columns["tombstone_id"] = ids
     columns["tombstone_stamp"] = np.fromiter(tombstones.values(), dtype=np.uint64, count=len(tombstones))
+    rivals = b"".join(
+        _RIVAL.pack(name.block_id, name.key, name.parent or NO_PARENT, name.stamp)
+        for name in context.merger.names.rivals()
+    )
+    columns["rival"] = np.frombuffer(rivals, dtype=np.uint8).reshape(-1, _RIVAL.size)
     try:
         await write_checkpoint(
             context.platform.storage,

@@ -36,6 +36,7 @@ from cascade_aio.segments.format import (
 )
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
+from cascade_aio.store.naming import Name
 from cascade_aio.store.publishing import Publisher
 from cascade_aio.tiers.directory import ArenaDirectory, DirectoryEntry, SlotState
 from cascade_aio.tiers.shm import Extent
@@ -211,8 +212,8 @@ def _row_of(context: StoreContext, entry: DirectoryEntry, extent: Extent) -> int
             return -1
         row = index.add(entry.digest, entry.key_bytes, entry.value_bytes)
         for name in header.bindings:
-            if name.key != name.parent and is_live(entry.digest[:BLOCK_ID_BYTES], name.stamp):
-                index.bind(name.key, row, name.parent, name.stamp)
+            if name.key != name.parent:
+                catalog.names.claim(Name(entry.digest[:BLOCK_ID_BYTES], *name))
     except DigestConflictError:
         return -1
     except TierFullError as error:

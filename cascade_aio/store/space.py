@@ -362,6 +362,7 @@ class SpaceKeeper:
                 row = index.find(fact.block_id)
                 if row >= 0 and index.find_prefix(fact.key) == row:
                     index.unbind(fact.key)
+                    self._context.catalog.names.freed([fact.key])
             self._evict(entry.number)
             if await self._compactor.remove([entry]):
                 self._judge.forget(needed)

@@ -38,7 +38,7 @@ def told(store: Store, facts: list[Fact]) -> Catalog:
     for fact in facts:
         store._context.merger.apply(fact)
         check_invariants(store)
-    store._context.merger.settle()
+    store._context.merger.names.settle()
     return store._context.catalog
 
 
