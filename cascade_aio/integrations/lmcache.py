@@ -229,6 +229,8 @@ class CascadeL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         return bitmap
 
     def _note_failure(self, kind: str, error: BaseException) -> None:
+        if isinstance(error, BlockNotFoundError):  # a miss like any other
+            return
         self._failures[kind] += 1
         logger.warning("cascade_aio could not %s an object: %s", kind, error)
 
