@@ -79,6 +79,17 @@ class RawRing:
         finally:
             os.close(fd)
 
+    def transfer(self, fd: int, memory: memoryview, offset: int, request_bytes: int, *, write: bool) -> None:
+        """Move all of ``memory`` to or from ``fd`` at ``offset``. Raises ``BenchError`` for a short transfer."""
+        address = self._register(memory, False)
+        self._stream(
+            fd, len(memory), request_bytes, address, write=write, registered=False, in_place=True, file_offset=offset
+        )
+
+    def sync(self, fd: int) -> None:
+        """fdatasync of ``fd``, through the ring."""
+        self._sync(fd)
+
     def _register(self, memory: memoryview, registered: bool) -> int:
         """Address of ``memory``, registered in pieces if asked for. Raises ``BenchError`` if refused."""
         from cascade_aio._native import address_of
@@ -95,8 +106,20 @@ class RawRing:
                 raise CannotRunError(f"buffers cannot be registered: {error} (memlock limit?)") from error
         return address
 
-    def _stream(self, fd: int, total: int, request_bytes: int, address: int, *, write: bool, registered: bool) -> None:
-        """Move bytes 0..total of ``fd``: writes from the same offset in memory, reads into the buffer of their slot."""
+    def _stream(
+        self,
+        fd: int,
+        total: int,
+        request_bytes: int,
+        address: int,
+        *,
+        write: bool,
+        registered: bool,
+        in_place: bool = False,
+        file_offset: int = 0,
+    ) -> None:
+        """Move ``total`` bytes of ``fd`` from ``file_offset`` on: from or to the same place in memory (writes, and
+        reads that are ``in_place``), other reads into the buffer of their slot."""
         from cascade_aio._native import OP, OpCode
 
         plain, fixed = (OpCode.WRITE, OpCode.WRITE_FIXED) if write else (OpCode.READ, OpCode.READ_FIXED)
@@ -110,9 +133,10 @@ class RawRing:
             while free and offset < total:
                 slot = free.pop()
                 length = lengths[slot] = min(request_bytes, total - offset)
-                place = offset if write else slot * request_bytes
+                place = offset if write or in_place else slot * request_bytes
                 index = place // FIXED_PIECE_BYTES if registered else 0
-                OP.pack_into(ops, count * OP.size, slot, address + place, offset, length, fd, opcode, 0, index, 0)
+                at = file_offset + offset
+                OP.pack_into(ops, count * OP.size, slot, address + place, at, length, fd, opcode, 0, index, 0)
                 offset += length
                 count += 1
             taken = 0

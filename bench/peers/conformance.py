@@ -11,7 +11,7 @@ import contextlib
 import os
 import pathlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from bench.peers import driving
@@ -32,6 +32,7 @@ MEMORY_BYTES = 64 << 20
 IN_FLIGHT = 4
 SEED = 11
 GONE_SECONDS_MAX = 10.0
+GONE_POLL_SECONDS = 0.05
 UNKNOWN = "0123456789abcdef" * 2
 
 Check = Callable[[Session, Mapping[str, Any]], Awaitable[None]]
@@ -43,8 +44,9 @@ async def run(system: str, check: str, request: Mapping[str, Any]) -> dict[str, 
     ``request`` may name other ``block_bytes``, ``count`` and ``memory_bytes``. Raises what is wrong.
     """
     async with _opened(system, request) as session:
+        lacks = dict(session.peer.describe().lacks)
         await CHECKS[check](session, request)
-        return {"lacks": dict(session.peer.describe().lacks)}
+        return {"lacks": lacks}
 
 
 @contextlib.asynccontextmanager
@@ -240,10 +242,14 @@ async def _ends(session: Session, request: Mapping[str, Any]) -> None:
     processes = list(session.peer.processes())
     await session.close()
     await driving.call(session.peer, "close")
+    _wait_gone(processes)
+
+
+def _wait_gone(processes: Sequence[int]) -> None:
     deadline = driving.clock() + GONE_SECONDS_MAX
     while alive := [process for process in processes if _is_alive(process)]:
         _require(driving.clock() < deadline, f"{len(alive)} processes of the system outlive close()")
-        time.sleep(0.05)  # nothing else runs here
+        time.sleep(GONE_POLL_SECONDS)
 
 
 def _is_alive(process: int) -> bool:

@@ -68,6 +68,8 @@ class Settings:
     """Page-aligned memory in which every block that is put lies (registrable; written to between calls)."""
     target: memoryview
     """Page-aligned memory into which gets are asked to read: registrable, ``into`` always lies in it."""
+    options: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
+    """What the suite found out for this system, such as the best request size of the raw limit; usually empty."""
     endpoint: Mapping[str, Scalar] | None = None
     """``None``: the first client, which starts what must run. Else what the first one's ``endpoint`` gave."""
 
@@ -230,3 +232,30 @@ class System:
     """False: runs in the environment of the suite (the engine itself, plain files)."""
     round_bytes_max: int | None = None
     """A slow system moves no more than this in one round (at least two blocks); said in the table."""
+
+
+def published_path(file: str | None) -> str:
+    """The path of an imported module from ``site-packages`` (or the checkout) on, for ``Description.module``."""
+    parts = pathlib.Path(file or "unknown").parts
+    for marker in ("site-packages", "dist-packages"):
+        if marker in parts:
+            return "/".join(parts[parts.index(marker) :])
+    repository = pathlib.Path(__file__).resolve().parent.parent.parent.parts
+    return "/".join(parts[len(repository) :] if parts[: len(repository)] == repository else parts[-2:])
+
+
+def require_version(package: str, module_version: str, pins: pathlib.Path) -> str:
+    """``module_version`` if that is what ``pins`` (a ``requirements.txt``) asks for; else raises ``PeerError``.
+
+    Keeps a result from carrying the name of another version than was measured.
+    """
+    for line in pins.read_text().splitlines():
+        words = line.removeprefix("# no-deps:").split()
+        if any(word.partition("==")[0].lower() == package.lower() for word in words):
+            wanted = next(word.partition("==")[2] for word in words if word.lower().startswith(package.lower() + "=="))
+            if wanted != module_version:
+                raise PeerError(
+                    f"{package} {module_version} was imported, {pins.parent.name}/{pins.name} pins {wanted}"
+                )
+            return module_version
+    raise PeerError(f"{pins.parent.name}/{pins.name} does not pin {package}")

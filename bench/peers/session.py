@@ -75,6 +75,7 @@ class Session:
             durable=request["durable"],
             source=self.source.view,
             target=self._target,
+            options=request.get("options", {}),
             endpoint=request.get("endpoint"),
         )
         self._latency_s: list[float] = []
