@@ -4,6 +4,10 @@ Synchronous bookkeeping of the segment writer. Every append gets a ticket, count
 for all tickets up to the one that was newest when it was called; appends may become durable out of
 order (a failed segment's are placed again), so the line of settled tickets advances only over gaps
 that have closed.
+
+Invariant: a name is not placed before the record of its block is durable. Notes and records take different ways to
+the disk, and a name that arrives alone would lie in wait there: whoever puts the block later, after a crash, would
+find it bound by a put that never happened.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from cascade_aio.model import BLOCK_ID_BYTES
 from cascade_aio.segments.facts import Location
 from cascade_aio.segments.format import Binding, NoteBinding, Tombstone
 
@@ -82,7 +87,7 @@ class TicketFifo:
 
 
 class PendingQueue:
-    """Tickets, the two queues to be placed (records, note entries), and waiting flushes."""
+    """Tickets, the two queues to be placed (records, note entries), names that wait for records, and flushes."""
 
     def __init__(self) -> None:
         self.records: collections.deque[Append] = collections.deque()
@@ -92,14 +97,46 @@ class PendingQueue:
         self.queued_bytes = 0
         self.backlog_bytes = 0
         self._line: collections.deque[Append] = collections.deque()
+        self._records: dict[bytes, Append] = {}
+        """By block id: the newest record that is not durable yet."""
+        self._held: dict[int, list[Append]] = {}
+        """By ticket of the record that they wait for: names."""
         self._waiters: collections.deque[tuple[int, asyncio.Future[None] | None]] = collections.deque()
 
     def push(self, append: Append) -> None:
         self.last_ticket = append.ticket
-        (self.notes if append.record is None else self.records).append(append)
+        if append.record is None:
+            self._queue_notes((append,))
+        else:
+            self._records[_block_id_of(append.record)] = append
+            self.records.append(append)
         self._line.append(append)
         self.queued_bytes += append.nbytes
         self.backlog_bytes += append.nbytes
+
+    def _queue_notes(self, notes: Sequence[Append]) -> None:
+        """Their turn comes once the blocks that they name are on disk."""
+        ready = []
+        for note in notes:
+            records = (self._records.get(binding.block_id) for binding in note.bindings)
+            record = next(filter(None, records), None)
+            if record is None:
+                ready.append(note)
+            else:
+                self._held.setdefault(record.ticket, []).append(note)
+        in_order = not (ready and self.notes) or self.notes[-1].ticket < ready[0].ticket
+        self.notes.extend(ready)
+        if not in_order:
+            self.notes = collections.deque(sorted(self.notes, key=_ticket_of))
+
+    def take_queued(self) -> list[Append]:
+        """Everything that has no place yet, names that wait for a record included: it leaves the queues, unsettled."""
+        queued = [*self.records, *self.notes, *(note for notes in self._held.values() for note in notes)]
+        self.records.clear()
+        self.notes.clear()
+        self._held.clear()
+        self.queued_bytes = 0
+        return queued
 
     def push_back(self, orphans: Sequence[Append]) -> None:
         """Queue appends of a failed segment again, in order of ticket with those of other failed segments."""
@@ -114,15 +151,22 @@ class PendingQueue:
 
     @property
     def first_queued(self) -> Append | None:
-        """The oldest append that has no place yet."""
+        """The oldest append that has no place yet and waits for nothing but one."""
         heads = [queue[0] for queue in (self.records, self.notes) if queue]
         return min(heads, key=lambda append: append.ticket) if heads else None
 
     def settle(self, appends: Sequence[Append]) -> None:
         """These are durable: advance the line and answer flushes."""
+        released: list[Append] = []
         for append in appends:
             append.settled = True
             self.backlog_bytes -= append.nbytes
+            if append.record is not None:
+                block_id = _block_id_of(append.record)
+                if self._records.get(block_id) is append:
+                    del self._records[block_id]
+                released += self._held.pop(append.ticket, ())
+        self._queue_notes(sorted(released, key=_ticket_of))
         while self._line and self._line[0].settled:
             self.settled_ticket = self._line.popleft().ticket
         while self._waiters and self._waiters[0][0] <= self.settled_ticket:
@@ -160,9 +204,10 @@ class PendingQueue:
     def abandon(self) -> list[Append]:
         """Everything unsettled, which is forgotten; the caller tells the owners."""
         rest = [append for append in self._line if not append.settled]
-        for queue in (self.records, self.notes, self._line):
-            queue.clear()
-        self.queued_bytes = self.backlog_bytes = 0
+        self.take_queued()
+        self._line.clear()
+        self._records.clear()
+        self.backlog_bytes = 0
         self.settled_ticket = self.last_ticket
         self._waiters.clear()
         return rest
@@ -170,3 +215,7 @@ class PendingQueue:
 
 def _ticket_of(append: Append) -> int:
     return append.ticket
+
+
+def _block_id_of(record: PendingRecord) -> bytes:
+    return record.digest[:BLOCK_ID_BYTES]

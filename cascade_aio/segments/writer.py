@@ -276,7 +276,10 @@ class SegmentWriter:
         self.statistics.record_bytes += nbytes
 
     def append_note(self, bindings: Sequence[fmt.NoteBinding] = (), tombstones: Sequence[fmt.Tombstone] = ()) -> None:
-        """Queue bindings of blocks that have records already, and deletions. Raises as ``append``."""
+        """Queue bindings of blocks that were appended before, and deletions. Raises as ``append``.
+
+        A binding is written once the record of its block is durable.
+        """
         step = fmt.NOTE_ENTRIES_MAX // 2
         for start in range(0, max(len(bindings), len(tombstones)), step):
             some, others = bindings[start : start + step], tombstones[start : start + step]
@@ -536,12 +539,15 @@ class SegmentWriter:
             return exc  # not a failure yet: the placer tries again when it needs the segment
 
     async def _discard(self, segment: ActiveSegment) -> None:
-        await self._close(segment)
+        """Nothing in it counts. It stays one that is being written until it is gone: nobody else removes it."""
+        self._segments.discard(segment)
+        await segment.close()
         try:
             await self._storage.unlink(segment.entry.path)
         except OSError:
-            self.statistics.seal_failures += 1  # an empty file: the next adopter removes it
+            self.statistics.seal_failures += 1  # the next adopter removes or seals it
         await self._table.forget(segment.entry.number)
+        self.gate.ended()
 
     async def _place_some(self, segment: ActiveSegment) -> None:
         segment.enter()
@@ -726,7 +732,10 @@ class SegmentWriter:
         appends = [append for placed in orphans for append in placed.appends]
         self.statistics.replaced_records += len(appends)
         self._pending.push_back(appends)
-        await self._close(segment)
+        if segment.synced == PAGE_BYTES:  # else space is found in it, again and again, on a disk that has none
+            await self._discard(segment)
+        else:
+            await self._close(segment)
         if self._broken is not None:
             self._give_up_queue()
         elif self._full is not None and not self.gate.may_evict:
@@ -770,12 +779,8 @@ class SegmentWriter:
 
     def _give_up_queue(self) -> None:
         """Tell the owners of what has no place; what is in other segments may still become durable."""
-        pending = self._pending
-        queued = [*pending.records, *pending.notes]
-        pending.records.clear()
-        pending.notes.clear()
-        pending.queued_bytes = 0
-        pending.settle(queued)
+        queued = self._pending.take_queued()
+        self._pending.settle(queued)
         for append in queued:
             if append.record is not None:
                 append.record.on_failed(self._broken_error())

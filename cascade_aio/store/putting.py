@@ -214,12 +214,13 @@ class Putter:
             if draft.prefix is not None:
                 stamp = context.new_stamp(copy.block_id)
                 catalog.index.bind(draft.prefix, row, draft.parent, stamp)
-                context.append_binding(copy.block_id, draft.prefix, draft.parent, stamp)
             catalog.touch(row)
             resident = catalog.copies.get(row)
             if resident is None:
                 catalog.admit(copy, row)  # it was on disk only: the bytes are here, keep them
             context.append_unless_durable(resident or copy)
+            if draft.prefix is not None:  # after the record: a name waits for the record that was appended last
+                context.append_binding(copy.block_id, draft.prefix, draft.parent, stamp)
             return self._named(draft, copy.block_id), resident is None
         row = catalog.index.add(ingested.digest, draft.key_bytes, draft.value_bytes)
         stamp = context.new_stamp(copy.block_id)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 import cascade_aio as ca
+from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.segments.writer import JOINED_RECORD_BYTES_MAX
 from cascade_aio.testing.memory import Operation
 from cascade_aio.testing.world import World, check_idle, pseudo_bytes, settle, virtual_loop
 
@@ -118,5 +121,81 @@ def test_a_slot_that_was_bound_never_seals_what_nobody_filled() -> None:
         assert KEYS[0] not in store
         await store.aclose()
         world.check_closed()
+
+    run(story)
+
+
+def refuse_large_writes(world: World) -> None:
+    """A disk with room for what a note takes, and not for a record."""
+
+    def hook(operation: Operation) -> BaseException | None:
+        if operation.name == "write" and operation.path.endswith(".seg") and operation.nbytes > 2 * PAGE_BYTES:
+            return None if operation.after else OSError(errno.ENOSPC, "no room", operation.path)
+        return None
+
+    world.storage.hooks.append(hook)
+
+
+def test_a_name_whose_record_was_lost_in_a_crash_does_not_lie_in_wait_for_the_block() -> None:
+    """As on a disk that fills up: the second name of a block reached the disk, its record did not."""
+    settings = {"shm_bytes": 1 << 22, "when_full": "refuse"}
+    large = pseudo_bytes("large", JOINED_RECORD_BYTES_MAX)
+
+    async def story(world: World) -> None:
+        store = await world.open(**settings)
+        await store.put(b"is", b"durable")
+        await store.flush()
+        refuse_large_writes(world)
+        await store.put(KEY, large)
+        block_id = await store.put(KEY, large, prefix=KEYS[0])
+        with pytest.raises(ca.TierFullError):
+            await store.flush()
+        await settle()
+        world.disk = world.disk.kill()
+        store = await world.open(**settings)
+        assert KEYS[0] not in store
+        assert block_id not in store
+        await store.put(KEY, large, prefix=KEYS[1])
+        await store.flush()
+        world.disk = world.disk.crash(None)
+        store = await world.open(**settings)
+        assert KEYS[1] in store
+        assert KEYS[0] not in store
+        await store.aclose()
+
+    run(story)
+
+
+def test_a_disk_that_takes_headers_and_no_records_is_full() -> None:
+    """As on file systems that do not reserve: a new file is no sign of room, nor is its removal."""
+
+    async def story(world: World) -> None:
+        store = await world.open(when_full="evict")
+        await store.put(b"is", b"durable")
+        await store.flush()
+        refuse_large_writes(world)
+        block_id = await store.put(KEY, VALUE)
+        with pytest.raises(ca.TierFullError, match="no room"):
+            await store.flush()
+        world.storage.hooks.clear()
+        await store.flush()
+        assert block_id in store
+        await store.aclose()
+        assert sum(path.endswith(".seg") for path in world.disk.files) <= 2
+
+    run(story)
+
+
+def test_flush_covers_a_name_that_waits_for_its_record() -> None:
+    async def story(world: World) -> None:
+        store = await world.open()
+        block_id = await store.put(KEY, VALUE)
+        for key in KEYS[:8]:
+            assert await store.put(KEY, VALUE, prefix=key) == block_id
+        await store.flush()
+        world.disk = world.disk.crash(None)
+        store = await world.open()
+        assert all(key in store for key in KEYS[:8])
+        await store.aclose()
 
     run(story)
