@@ -39,6 +39,8 @@ from lmcache.v1.storage_backend import local_cpu_backend, local_disk_backend
 from bench.peers.protocol import BlockingPeer, CannotRunError, Description, Feature, Job, PeerError, Settings
 
 GIB = 1 << 30
+TOKENS = 256
+"""Of one chunk, as LMCache has it by default."""
 DIRECT_ALIGN_BYTES = 4096
 ONLY_MEMORY = "LocalCPUBackend is memory of one process"
 
@@ -47,10 +49,11 @@ class _Pool:
     """LocalCPUBackend as the allocator of memory objects of one size."""
 
     def __init__(self, config: LMCacheEngineConfig, block_bytes: int) -> None:
-        shape = (1, 2, block_bytes // 4, 1, 1)  # layers, K and V, tokens, heads, float16 each
+        row_bytes = block_bytes // (2 * TOKENS)
+        shape = (1, 2, TOKENS, 1, row_bytes // 2)  # layers, K and V, tokens, heads, float16 of each
         metadata = LMCacheMetadata(MODEL, 1, 1, 0, 0, torch.float16, shape)
         self.backend: Any = local_cpu_backend.LocalCPUBackend(config, metadata, dst_device="cpu")
-        self._shape = torch.Size([block_bytes])
+        self._shape = torch.Size([2, 1, TOKENS, row_bytes])  # KV_2LTD, in bytes
         self._touch()
 
     def allocate(self) -> Any:
@@ -227,7 +230,7 @@ class DiskPeer(BlockingPeer):
             raise PeerError(f"LocalDiskBackend did not finish a put within {WAIT_SECONDS_MAX:g} s and tells no error")
 
     def _handed_out(self, name: str, found: Any) -> memoryview:
-        """LMCache's object as bytes of the caller until ``close``, given back to its pool when the caller drops them."""
+        """The object's bytes, the caller's until ``close``; it goes back to the pool when they are dropped."""
         if found is None:
             raise KeyError(name)
         array = bytes_of(found.byte_array)
@@ -259,7 +262,7 @@ class MemoryPeer(BlockingPeer):
         return Description(
             version=checked_version(),
             module=module_file(local_cpu_backend),
-            tuning="LMCache's defaults, pool touched before; its get_blocking is a reference, get copies out with NumPy",
+            tuning="LMCache's defaults, pool touched before; get_blocking is a reference, get copies out with NumPy",
             medium="own memory",
             configuration={"local_cpu": True},
             lacks=lacks,

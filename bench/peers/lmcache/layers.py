@@ -167,9 +167,7 @@ class LayerPeer(BlockingPeer):
             try:
                 importlib.import_module(RUST_EXTENSION)
             except ImportError as error:
-                raise CannotRunError(
-                    f"LMCache's extension {RUST_EXTENSION} is in no wheel and not installed"
-                ) from error
+                raise CannotRunError(f"LMCache's {RUST_EXTENSION} is in no wheel and not installed") from error
             slot_bytes = settings.block_bytes + RAW_HEADER_BYTES
             path = folder / "raw.data"
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
