@@ -47,6 +47,9 @@ class Measure:
     read_bytes: int = 0
     written_bytes: int = 0
     verified_bytes: int = 0
+    misses: int = 0
+    """Only where a miss is an outcome (replays)."""
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)
     latency_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     """Quantiles over the operations; empty where operations have none (batches)."""
 

@@ -2,7 +2,8 @@
 
 ``flush`` is ``H5Fflush`` and an fsync of the file (HDF5 itself only hands its buffers to the kernel). Contiguous
 datasets are read with ``read_direct`` into the caller's memory. h5py holds one lock around every call, so
-threads queue: it is driven with as many as are asked for all the same. gzip is h5py's own default level (4) and chunk shape.
+batches are done one block after the other: threads would only queue. gzip is h5py's own default level (4) and chunk
+shape.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bench.peers.protocol import (
     BlockingPeer,
     Description,
     Feature,
+    Job,
     Settings,
     published_path,
     require_version,
@@ -81,6 +83,13 @@ class Hdf5Peer(BlockingPeer):
             raise KeyError(name) from error
         dataset.read_direct(np.frombuffer(into, np.float16))
         return into
+
+    def put_many(self, jobs: Sequence[Job], in_flight: int) -> None:
+        for job in jobs:
+            self.put(job.name, job.data)
+
+    def get_many(self, jobs: Sequence[Job], in_flight: int) -> Sequence[memoryview]:
+        return [self.get(job.name, job.data) for job in jobs]
 
     def contains(self, name: str) -> bool:
         return name in self._file
