@@ -122,6 +122,35 @@ void cascade_trim_heap(void);
  * functions and any thread; never blocks on a semaphore overflow. */
 void cascade_notify(void *event_fd);
 
+/* ---- device memory shown to others ---- */
+
+/* A DLManagedTensor of DLPack (dlpack.h, unversioned: every consumer takes it) of bytes in one dimension, and behind
+ * it what the release needs. `data` to `deleter` have the layout that DLPack prescribes. */
+struct cascade_dlpack {
+    void *data;
+    int32_t device_type;
+    int32_t device_id;
+    int32_t ndim;
+    uint8_t code;
+    uint8_t bits;
+    uint16_t lanes;
+    int64_t *shape;
+    int64_t *strides;
+    uint64_t byte_offset;
+    void *manager_ctx;
+    void (*deleter)(struct cascade_dlpack *);
+    int64_t length;   /* what shape points to */
+    int32_t event_fd; /* told of the release; -1: nobody */
+    int32_t released; /* set by the release */
+};
+/* Describe `length` bytes at `data`. The struct is the caller's, who keeps it until `released`. */
+void cascade_dlpack_init(struct cascade_dlpack *managed, uint64_t data, int64_t length, int32_t device_type,
+                         int32_t device_id, int event_fd);
+/* The deleter: from any thread, with or without an interpreter. */
+void cascade_dlpack_release(struct cascade_dlpack *managed);
+/* Whether it was called. What the consumer did with the memory happened before. */
+int cascade_dlpack_released(struct cascade_dlpack *managed);
+
 /* ---- the arena's directory and pins on it: cascade_aio/tiers/DIRECTORY.md ---- */
 
 enum { /* states of a slot: the low byte of its word, whose other bytes are its generation */

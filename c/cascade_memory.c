@@ -1,7 +1,8 @@
-/* cascade_memory.c: prefault of fresh memory, and the notify that foreign threads call. */
+/* cascade_memory.c: prefault of fresh memory, and what foreign threads call: notify, release of a DLPack tensor. */
 #include "cascade.h"
 
 #include <errno.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #ifdef __GLIBC__
@@ -100,4 +101,34 @@ void cascade_notify(void *event_fd)
         rc = write((int)(intptr_t)event_fd, &one, sizeof one);
     } while (rc < 0 && errno == EINTR);
     errno = saved;
+}
+
+void cascade_dlpack_init(struct cascade_dlpack *managed, uint64_t data, int64_t length, int32_t device_type,
+                         int32_t device_id, int event_fd)
+{
+    memset(managed, 0, sizeof *managed);
+    managed->data = (void *)(uintptr_t)data;
+    managed->device_type = device_type;
+    managed->device_id = device_id;
+    managed->ndim = 1;
+    managed->code = 1; /* kDLUInt */
+    managed->bits = 8;
+    managed->lanes = 1;
+    managed->length = length;
+    managed->shape = &managed->length;
+    managed->deleter = cascade_dlpack_release;
+    managed->event_fd = event_fd;
+}
+
+void cascade_dlpack_release(struct cascade_dlpack *managed)
+{
+    int event_fd = managed->event_fd; /* once it is released, its owner may free it */
+    __atomic_store_n(&managed->released, 1, __ATOMIC_RELEASE);
+    if (event_fd >= 0)
+        cascade_notify((void *)(intptr_t)event_fd);
+}
+
+int cascade_dlpack_released(struct cascade_dlpack *managed)
+{
+    return __atomic_load_n(&managed->released, __ATOMIC_ACQUIRE);
 }

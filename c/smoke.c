@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -177,6 +178,15 @@ static void check_memory(void)
     errno = 0;
     cascade_notify((void *)(intptr_t)event_fd);
     CHECK(errno == 0);
+    CHECK(read(event_fd, &count, sizeof count) == sizeof count);
+    struct cascade_dlpack managed;
+    CHECK(offsetof(struct cascade_dlpack, shape) == 24 && offsetof(struct cascade_dlpack, deleter) == 56);
+    cascade_dlpack_init(&managed, 4096, 77, 2, 3, event_fd);
+    CHECK(managed.data == (void *)4096 && managed.ndim == 1 && managed.shape[0] == 77 && managed.device_id == 3);
+    CHECK(!cascade_dlpack_released(&managed));
+    managed.deleter(&managed);
+    CHECK(cascade_dlpack_released(&managed));
+    CHECK(read(event_fd, &count, sizeof count) == sizeof count && count == 1);
     close(event_fd);
     printf("ok prefault and notify\n");
 }

@@ -7,6 +7,7 @@ without the compiled module raises ``ImportError`` saying how to build it.
 
 from __future__ import annotations
 
+from cascade_aio._native.dlpack import SharedTensor
 from cascade_aio._native.memory import (
     address_of,
     collapse,
@@ -44,6 +45,7 @@ __all__ = [
     "OpCode",
     "OpFlag",
     "RingFeature",
+    "SharedTensor",
     "address_of",
     "collapse",
     "copy",
