@@ -24,6 +24,7 @@ from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.getting import Getter
 from cascade_aio.store.merging import PROVISIONAL
+from cascade_aio.store.naming import Name
 from cascade_aio.tiers.shm import Extent
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class Putter:
             counters.deduplicated_bytes += draft.key_bytes + draft.value_bytes
             if draft.prefix is not None:
                 stamp = context.new_stamp(copy.block_id)
-                catalog.index.bind(draft.prefix, row, draft.parent, stamp)
+                catalog.names.claim(Name(copy.block_id, draft.prefix, draft.parent, stamp))
             catalog.touch(row)
             resident = catalog.copies.get(row)
             if resident is None:
@@ -226,7 +227,7 @@ class Putter:
         stamp = context.new_stamp(copy.block_id)
         if draft.prefix is not None:
             try:
-                catalog.index.bind(draft.prefix, row, draft.parent, stamp)
+                catalog.names.claim(Name(copy.block_id, draft.prefix, draft.parent, stamp))
             except TierFullError:
                 catalog.index.remove(row)
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 
@@ -9,12 +10,13 @@ import pytest
 
 from cascade_aio.core.index import BlockIndex
 from cascade_aio.errors import TierFullError
-from cascade_aio.model import BlockId, prefix_keys
+from cascade_aio.model import BlockId, compute_block_id, prefix_keys
 from cascade_aio.segments.facts import BindingFact, BlockFact, Fact, Location, TombstoneFact
 from cascade_aio.store import naming
 from cascade_aio.store.naming import Name, NameKeeper
 from cascade_aio.store.store import Store
-from cascade_aio.testing.world import World, check_invariants, pseudo_bytes
+from cascade_aio.testing.memory import MemoryStorage
+from cascade_aio.testing.world import World, cancel_others, check_invariants, pseudo_bytes
 from tests.store.test_adopting import run
 from tests.store.test_merging import segment_of
 
@@ -114,24 +116,40 @@ def test_all_who_read_a_root_agree_on_a_name_that_two_writers_gave(attempt: int,
     run(story)
 
 
-def test_a_name_of_a_block_in_doubt_goes_to_the_block_that_was_put_under_it_meanwhile() -> None:
+def test_a_block_put_under_the_name_of_one_that_was_never_finished_gets_the_name() -> None:
+    """Another writer's record, not known to be durable, has the name; what it held was lost with its writer."""
+
     async def story() -> None:
         world = World(tail_seconds_max=1000.0)
         first, second = await world.open(), await world.open()
-        await first.put(b"first", pseudo_bytes("first", 20_000), prefix=NAME)
-        first.prefetch([])
-        await second.put(b"second", pseudo_bytes("second", 20_000), prefix=NAME)
+        await second.put(b"is", b"open")
         await second.flush()
-        await second.refresh()
-        younger = await name_of(second)
-        assert younger is not None
+        storage = first._context.platform.storage
+        assert isinstance(storage, MemoryStorage)
+        await first.put(b"is", b"open too")
         await first.flush()
+        storage.hooks.append(lambda operation: asyncio.sleep(1000) if operation.name == "sync" else None)
+        lost = await first.put(b"lost", pseudo_bytes("lost", 20_000), prefix=NAME)
+        flushing = asyncio.ensure_future(first.flush())
+        await asyncio.sleep(1.0)
         await second.refresh()
-        assert await name_of(second) != younger
-        await second.delete(NAME)
-        assert await name_of(second) == younger
+        assert await name_of(second) == lost, "seen, and not known to be durable"
+        for copy in list(second._context.catalog.copies.values()):
+            if not copy.holds:
+                second._context.catalog.evict(copy)
+        assert await second.put(b"kept", pseudo_bytes("kept", 20_000), prefix=NAME) == lost
+        await second.flush()
+        world.disk.crash_directory(f"/kv/writers/{first._context.writer.hex()}", seed=3)
+        first._context.platform.storage.freeze_at = 0  # type: ignore[attr-defined]
+        flushing.cancel()
+        world.disk.locked.discard(f"/kv/writers/{first._context.writer.hex()}/lock")
+        await second.adopt()
+        assert lost not in second
+        kept = compute_block_id(b"kept", pseudo_bytes("kept", 20_000))
+        assert kept in second
+        assert await name_of(second) == kept
         await second.aclose()
-        await first.aclose()
+        await cancel_others()
 
     run(story)
 
@@ -188,7 +206,7 @@ def holder(names: NameKeeper) -> int:
 
 
 def test_of_equal_claims_the_smaller_id_wins() -> None:
-    smallest = min(range(3), key=lambda block: digest_of(block))
+    smallest = min(range(3), key=digest_of)
     for order in itertools.permutations(range(3)):
         names = keeper(3)
         for block in order:
