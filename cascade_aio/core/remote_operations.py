@@ -203,6 +203,13 @@ def _lookup(places: Sequence[Place], names: Sequence[bytes]) -> Operation[Found]
     return Found(listings, buckets.learnt())
 
 
+def in_turn(rank: int, name: bytes, listings: Sequence[Listing]) -> list[Listing]:
+    """The copies of ``name`` as ``rank`` tries them: begun where its turn is, so that readers spread over them."""
+    ordered = sorted(listings, key=lambda listing: listing.rank)
+    first = (rank + name[0]) % len(ordered) if ordered else 0
+    return ordered[first:] + ordered[:first]
+
+
 def publish(membership: Membership, listings: Sequence[Listing], tokens: Sequence[int]) -> Operation[Published]:
     """Enter ``listings``, each under a new token. Get, swap, put: three steps, two more for each lost race."""
     places = membership.places_of([listing.name for listing in listings])

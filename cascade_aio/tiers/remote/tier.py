@@ -41,6 +41,7 @@ from cascade_aio.core.remote_operations import (
     Placed,
     Published,
     ReadEnd,
+    in_turn,
     lookup,
     probe,
     publish,
@@ -236,18 +237,11 @@ class RemoteTier:
             return [[] for _ in names]
         self._learn(found.learnt)
         listings = [
-            self._ordered(name, each) if each else each for name, each in zip(names, found.listings, strict=True)
+            in_turn(self.rank, name, [listing for listing in each if self._is_usable(listing)]) if each else each
+            for name, each in zip(names, found.listings, strict=True)
         ]
         counters.found += sum(map(bool, listings))
         return listings
-
-    def _ordered(self, name: bytes, listings: list[Listing]) -> list[Listing]:
-        """Those that can be read, begun where this rank's turn is, so that readers spread over the copies."""
-        usable = sorted((listing for listing in listings if self._is_usable(listing)), key=lambda listing: listing.rank)
-        if not usable:
-            return usable
-        first = (self.rank + name[0]) % len(usable)
-        return usable[first:] + usable[:first]
 
     def _is_usable(self, listing: Listing) -> bool:
         rank = listing.rank
