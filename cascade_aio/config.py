@@ -121,6 +121,8 @@ class StoreConfig:
     """How often writers of the root that died are looked for and their segments adopted; ``None``: only on request."""
     read_seconds_max: float | None = 30.0
     """Deadline of a disk read; a late block is a miss. ``None``: no deadline."""
+    remote_seconds_max: float = 2.0
+    """With a communicator: a rank that does not answer for so long is left alone for a while, and the disk serves."""
     stall_seconds_max: float = 30.0
     """A write or sync that takes longer: the storage hangs. ``flush`` fails then, and closing gives up."""
     workers: int | None = None
@@ -171,6 +173,7 @@ _RANGES = {
     "put_wait_seconds_max": _Range(0, 86400, unit=" seconds"),
     "scrub_bandwidth": _Range(1, SIZE_BYTES_MAX, optional=True, size=True),
     "adopt_seconds": _Range(0.01, 86400, optional=True, unit=" seconds"),
+    "remote_seconds_max": _Range(0.01, 3600, unit=" seconds"),
     "stall_seconds_max": _Range(0.01, 86400, unit=" seconds"),
     "read_seconds_max": _Range(0.001, 86400, optional=True, unit=" seconds"),
     "workers": _Range(1, 256, optional=True),

@@ -41,6 +41,7 @@ class Copy:
         "described",
         "digest",
         "extent",
+        "fetched",
         "header_bytes",
         "holds",
         "key_bytes",
@@ -95,6 +96,8 @@ class Copy:
         """Whether its header pages say what it is, as a record's do: so of what was read from disk."""
         self.rewarmed = False
         """It was in the arena when the store was opened."""
+        self.fetched = False
+        """It came from another rank's arena."""
         self.arrival: Arrival | None = None
         """What is there of a copy that is being read, or was not read to its end; ``None``: all of it."""
         self.loading: Callable[[], None] | None = None
@@ -134,6 +137,18 @@ class CopyPublisher(Protocol):
         ...
 
 
+class CopyWatcher(Protocol):
+    """Who is told of readable copies and has no say: what shows them to other ranks. Never suspends."""
+
+    def appeared(self, copy: Copy) -> None:
+        """It is readable from now on."""
+        ...
+
+    def gone(self, copy: Copy) -> None:
+        """It no longer is, whether or not it ever was; its memory may be another's right after."""
+        ...
+
+
 class Catalog:
     """Index, resident copies and the shm eviction policy, kept in step with each other."""
 
@@ -158,6 +173,7 @@ class Catalog:
         """Copies that a former owner of the arena left, by row: not verified yet, so nobody may read them. They take
         room and may be evicted like others."""
         self.publisher: CopyPublisher | None = None
+        self.watcher: CopyWatcher | None = None
         self.copy_bytes = 0
         self.pinned_bytes = 0
         self.evicted_blocks = 0
@@ -229,6 +245,8 @@ class Catalog:
         self._account_in_arena(copy)
         if self.publisher is not None:
             self.publisher.publish(copy)
+        if self.watcher is not None:
+            self.watcher.appeared(copy)
 
     def lay_by(self, copy: Copy, row: int) -> None:
         """``copy`` was found in the arena and is not verified: dormant from now on."""
@@ -245,6 +263,8 @@ class Catalog:
         self.shm_policy.touch(copy.row)
         if self.publisher is not None:
             self.publisher.awaken(copy)
+        if self.watcher is not None:
+            self.watcher.appeared(copy)
 
     def reject(self, copy: Copy) -> None:
         """A copy does not count (a dormant one: it is damaged); its row goes too if the block is nowhere else."""
@@ -336,6 +356,8 @@ class Catalog:
     def _detach(self, copy: Copy, event: CopyEvent) -> None:
         if copy.slot >= 0 and self.publisher is not None:
             self.publisher.retire(copy)
+        if self.watcher is not None:
+            self.watcher.gone(copy)
         row, copy.row = copy.row, -1
         if self.dormant.pop(row, None) is None:
             copy.state = advance(copy.state, event)

@@ -28,11 +28,12 @@ from cascade_aio.store.merging import PROVISIONAL, CatalogMerger
 from cascade_aio.store.publishing import Publisher, RewarmReport
 from cascade_aio.store.room import ArenaRoom
 from cascade_aio.tiers.disk import DiskTier
-from cascade_aio.tiers.shm import ShmTier
+from cascade_aio.tiers.shm import Extent, ShmTier
 from cascade_aio.tiers.stalls import in_progress
 
 if TYPE_CHECKING:
     from cascade_aio.store.adopting import Adopter
+    from cascade_aio.store.remoting import Sharing
     from cascade_aio.store.scrubbing import Scrubber
 
 logger = logging.getLogger("cascade_aio.store")
@@ -49,6 +50,7 @@ class Counters:
 
     gets: int = 0
     shm_hits: int = 0
+    remote_hits: int = 0
     disk_hits: int = 0
     misses: int = 0
     late_reads: int = 0
@@ -171,6 +173,8 @@ class StoreContext:
     """What ``close_store`` runs after the background tasks have ended, first one first."""
     publisher: Publisher | None = None
     """Of a store that keeps its arena (``warm_restart``)."""
+    sharing: Sharing | None = None
+    """Of a store with a communicator."""
     rewarmed: RewarmReport = dataclasses.field(default_factory=RewarmReport)
     prefaulted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     store_id: bytes = b""
@@ -187,7 +191,7 @@ class StoreContext:
     failure: BaseException | None = None
     on_written: Callable[[], None] = lambda: None
     """Called when a record has become durable: the disk has grown."""
-    room: ArenaRoom = dataclasses.field(init=False)
+    room: ArenaRoom[Extent] = dataclasses.field(init=False)
     tasks: TaskScope = dataclasses.field(init=False)
     merger: CatalogMerger = dataclasses.field(init=False)
     recovery: Recovery = dataclasses.field(init=False)
@@ -203,7 +207,7 @@ class StoreContext:
     refreshing: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.room = ArenaRoom(self.catalog, self.disk.expedite, self.explain_arena)
+        self.room = ArenaRoom(self.shm, self.catalog, self.disk.expedite, self.explain_arena)
         self.tasks = TaskScope(self.fail)
         self.merger = CatalogMerger(self.catalog, self.report_damage)
 

@@ -23,6 +23,7 @@ from cascade_aio.model import BLOCK_ID_BYTES, PREFIX_KEY_BYTES, BlockId, PrefixK
 from cascade_aio.store.block import Block
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
+from cascade_aio.store.fetching import Fetcher
 from cascade_aio.store.loading import Loader, Waiter
 from cascade_aio.store.room import Claim
 
@@ -118,6 +119,10 @@ class Getter:
         context = self._context
         context.check()
         context.counters.gets += 1
+        if context.sharing is not None and self.find(name) < 0:
+            block = await self._load_remote(context.sharing.fetcher, name, claim)
+            if block is not None:
+                return block
         row = self.resolve(name)
         self._catalog.touch(row)
         waiter = self.loader.join(row, claim=claim, early=early)
@@ -141,9 +146,35 @@ class Getter:
         finally:
             self._catalog.release(copy)
 
+    async def _load_remote(
+        self, fetcher: Fetcher, name: BlockId | PrefixKey | str, claim: Claim | None
+    ) -> Block | None:
+        """A lease on a block that this store does not know, from another rank; ``None`` if none has it."""
+        raw = raw_name(name)
+        waiter = fetcher.join(raw, claim=claim)
+        copy: Copy | None = None
+        try:
+            async with asyncio.timeout(self._context.config.read_seconds_max):
+                copy = await waiter
+        except TimeoutError:
+            self._context.counters.late_reads += 1
+        finally:
+            if copy is None:
+                fetcher.leave(raw, waiter)
+        if copy is None:
+            return None
+        try:
+            return self._lend_loaded(copy)
+        finally:
+            self._catalog.release(copy)
+
     def _lend_loaded(self, copy: Copy) -> Block:
-        """A lease on what a load ended with: read from disk, or found in the arena at opening and verified now."""
+        """A lease on what a load ended with: read from disk or from another rank, or found in the arena at opening
+        and verified now."""
         counters = self._context.counters
+        if copy.fetched:
+            counters.remote_hits += 1
+            return self._context.desk.lend(copy, Tier.REMOTE)
         if copy.rewarmed:
             counters.shm_hits += 1
             return self._context.desk.lend(copy, Tier.SHM)

@@ -180,6 +180,7 @@ class Loader:
     async def _bring(self, row: int, load: _Load) -> Copy:
         """The block in the arena. Whatever a read ends with counts only if the block is still where it was read."""
         context, catalog = self._context, self._catalog
+        ask_ranks = context.sharing is not None and context.sharing.fetcher.serves
         while True:
             present = self._present(row, load)
             if present is not None:
@@ -187,6 +188,10 @@ class Loader:
             dormant = catalog.dormant.get(row)
             if dormant is not None:
                 await rouse(context, dormant)
+                continue
+            if ask_ranks and context.sharing is not None:
+                ask_ranks = False
+                await context.sharing.fetcher.bring(load.block_id, load.urgency, load.claim)
                 continue
             location = catalog.index.location(row)
             assert location is not None, "a row without a copy in the arena has one on disk"

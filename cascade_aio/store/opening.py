@@ -42,6 +42,7 @@ from cascade_aio.store.prefetching import Prefetcher
 from cascade_aio.store.publishing import Publisher
 from cascade_aio.store.putting import Putter
 from cascade_aio.store.recovering import recover, save_checkpoint
+from cascade_aio.store.remoting import Joining
 from cascade_aio.store.rewarming import rewarm, write_unwritten
 from cascade_aio.store.scrubbing import Scrubber
 from cascade_aio.store.space import SpaceKeeper
@@ -50,6 +51,8 @@ from cascade_aio.tiers.arena import Arena, PrivateArena, SharedArena, open_arena
 from cascade_aio.tiers.directory import ArenaDirectory
 from cascade_aio.tiers.directory_format import DirectoryIdentity
 from cascade_aio.tiers.disk import DiskTier
+from cascade_aio.tiers.remote.group import RmaGroup
+from cascade_aio.tiers.remote.mpi_group import MpiGroup
 from cascade_aio.tiers.shm import ShmTier
 from cascade_aio.tiers.stalls import StallWatch, watched
 
@@ -71,7 +74,7 @@ SYNC_BYTES_MIN = 256 << 20
 one, it is due only when half of what may be undurable waits for it, and this at least."""
 
 
-def open_store(root: str | os.PathLike[str] | StoreConfig, **settings: Any) -> StoreOpening:
+def open_store(root: str | os.PathLike[str] | StoreConfig, *, comm: Any = None, **settings: Any) -> StoreOpening:
     """Open (or create) the store in the directory ``root``.
 
     ``async with open_store(root, shm_bytes="4GiB") as store`` closes it at the end; ``store = await
@@ -85,27 +88,37 @@ def open_store(root: str | os.PathLike[str] | StoreConfig, **settings: Any) -> S
     With ``read_only=True`` nothing is created, written, locked or recovered: it works beside a writer and
     without write permission, takes either digest, needs no arena file (unless ``arena`` names one), and a
     directory that is no root is refused.
+
+    With ``comm``, an intracommunicator of mpi4py, opening is collective, and the arenas of its ranks are a tier
+    between this one's and the disk (docs/remote.md). No later call is collective. Also raises ``BrokenTierError``
+    if another rank could not open its store, or did not try.
     """
     if isinstance(root, StoreConfig):
         if settings:
             raise ConfigError(f"{', '.join(settings)}: pass settings within the StoreConfig, not beside it")
-        return StoreOpening(root)
-    return StoreOpening(make_config(root, **settings))
+        return StoreOpening(root, comm)
+    return StoreOpening(make_config(root, **settings), comm)
 
 
 class StoreOpening:
     """What ``open_store`` returns: ``await`` it, or use it as a scope."""
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, comm: Any = None) -> None:
         self._config = config
+        self._comm = comm
         self._store: Store | None = None
 
     def __await__(self) -> Generator[Any, None, Store]:
-        return open_with(self._config).__await__()
+        return self._open().__await__()
 
     async def __aenter__(self) -> Store:
-        self._store = await open_with(self._config)
+        self._store = await self._open()
         return self._store
+
+    async def _open(self) -> Store:
+        if self._comm is None:
+            return await open_with(self._config)
+        return await open_with(self._config, group=MpiGroup(self._comm, seconds_max=self._config.remote_seconds_max))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -131,18 +144,31 @@ class _Unwinding:
         self.push(run)
 
 
-async def open_with(config: StoreConfig, *, platform: Platform | None = None, arena: Arena | None = None) -> Store:
-    """``open_store`` for a given world; both are closed with the store. For tests and simulations."""
+async def open_with(
+    config: StoreConfig,
+    *,
+    platform: Platform | None = None,
+    arena: Arena | None = None,
+    group: RmaGroup | None = None,
+) -> Store:
+    """``open_store`` for a given world, which is closed with the store. For tests and simulations."""
     undo = _Unwinding()
+    joining = None if group is None else Joining(group, config)
     try:
-        return await _open(config, undo, platform, arena)
-    except BaseException:
+        if joining is not None:
+            arena = await joining.arena(undo.push)
+        return await _open(config, undo, platform, arena, joining)
+    except BaseException as error:
+        if joining is not None:
+            await joining.give_up(error)
         with contextlib.suppress(asyncio.CancelledError):  # the first one is raised again below
             await run_all(undo.steps)
         raise
 
 
-async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None, arena: Arena | None) -> Store:
+async def _open(
+    config: StoreConfig, undo: _Unwinding, platform: Platform | None, arena: Arena | None, joining: Joining | None
+) -> Store:
     config = _fitted(config)
     if platform is None:
         limits = EngineLimits(
@@ -225,6 +251,8 @@ async def _open(config: StoreConfig, undo: _Unwinding, platform: Platform | None
     if config.adopt_seconds is not None and not config.read_only:
         context.tasks.spawn(adopter.run(config.adopt_seconds), "cascade-adopter")
     context.stripe = stripe
+    if joining is not None:
+        await joining.complete(context, undo.push)
     context.closers = undo.steps
     return Store(context, getter, Putter(context, getter), space, prefetcher)
 

@@ -16,8 +16,9 @@ import dataclasses
 from collections.abc import Callable
 
 from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.core.index import BlockIndex
 from cascade_aio.errors import LeaseError
-from cascade_aio.model import DIGEST_BYTES, PrefixKey
+from cascade_aio.model import DIGEST_BYTES
 from cascade_aio.segments.format import BLOCK, Binding, RecordHeader, SegmentIdentity, bindings_room, encode_record
 from cascade_aio.store.catalog import Catalog, Copy
 from cascade_aio.tiers.arena import SharedArena
@@ -52,6 +53,19 @@ class RewarmReport:
     """Of ``blocks``: those that are not on disk and are being written."""
     verified: int = 0
     damaged: int = 0
+
+
+def describe(copy: Copy, index: BlockIndex, digest: str) -> None:
+    """Make the extent of a resident copy a record of no segment, so that whoever finds it knows what it is."""
+    room = bindings_room(copy.header_bytes // PAGE_BYTES, len(copy.chunk_crcs), len(copy.meta))
+    names = index.oldest_bindings(copy.row, room)
+    header = RecordHeader(
+        BLOCK, copy.header_bytes // PAGE_BYTES, copy.extent.nbytes, 0, copy.stamp or index.stamp(copy.row), 0,
+        digest, copy.digest, copy.key_bytes, copy.value_bytes, copy.value_offset, copy.chunk_crcs,
+        bindings=tuple(Binding(*name) for name in names), meta=copy.meta,
+    )  # fmt: skip
+    encode_record(copy.extent.memory[: copy.header_bytes], header, _NOWHERE)
+    copy.described = True
 
 
 class Publisher:
@@ -147,9 +161,8 @@ class Publisher:
     # -- what the catalog tells -----------------------------------------------------------------
 
     def publish(self, copy: Copy) -> None:
-        names = self._catalog.index.oldest_bindings(copy.row, self._names_room(copy))
         if not copy.described:
-            self._describe(copy, names)
+            describe(copy, self._catalog.index, self._digest)
         entry = DirectoryEntry(
             0, copy.extent.offset, copy.key_bytes, copy.value_bytes, copy.value_offset, 0, copy.header_bytes, False,
             copy.digest, copy.meta,
@@ -158,7 +171,7 @@ class Publisher:
         if slot >= 0:
             copy.slot = slot
             self._copies[slot] = copy
-            for name in names[:NAMES_PUBLISHED]:
+            for name in self._catalog.index.oldest_bindings(copy.row, NAMES_PUBLISHED):
                 self._directory.bind(slot, name[0])
 
     def withdraw(self, copy: Copy) -> bool:
@@ -191,20 +204,6 @@ class Publisher:
         copy = self._catalog.copies.get(row)
         if copy is not None and copy.slot >= 0:
             self._directory.unbind(copy.slot, prefix)
-
-    def _names_room(self, copy: Copy) -> int:
-        return bindings_room(copy.header_bytes // PAGE_BYTES, len(copy.chunk_crcs), len(copy.meta))
-
-    def _describe(self, copy: Copy, names: list[tuple[PrefixKey, bytes | None, int]]) -> None:
-        """Make the extent a record of no segment, so that whoever takes the arena over knows what it is."""
-        header = RecordHeader(
-            BLOCK, copy.header_bytes // PAGE_BYTES, copy.extent.nbytes, 0,
-            copy.stamp or self._catalog.index.stamp(copy.row), 0, self._digest, copy.digest, copy.key_bytes,
-            copy.value_bytes, copy.value_offset, copy.chunk_crcs, bindings=tuple(Binding(*name) for name in names),
-            meta=copy.meta,
-        )  # fmt: skip
-        encode_record(copy.extent.memory[: copy.header_bytes], header, _NOWHERE)
-        copy.described = True
 
     # -- what was taken over --------------------------------------------------------------------
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 from cascade_aio.abc.storage import ByteEngine
 from cascade_aio.config import parse_size
 from cascade_aio.errors import ConfigError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier, as_bytes_view
 from cascade_aio.store.adopting import AdoptionReport
-from cascade_aio.store.block import Block, BlockSource, GetRequest, Readiness, is_early
+from cascade_aio.store.block import Block, BlockSource, GetRequest, LeaseT, Readiness, is_early
 from cascade_aio.store.closing import close_store
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.getting import Getter, PrefixLookup
@@ -81,20 +81,20 @@ class StoreParts:
     putter: Putter
 
 
-class PrefixRequest:
+class PrefixRequest(Generic[LeaseT]):
     """What ``store.get_prefix`` returns: ``await`` it for leases, or ``async with`` it for scoped ones."""
 
     __slots__ = ("_blocks", "_getter", "_keys")
 
-    def __init__(self, getter: BlockSource, keys: Sequence[PrefixKey]) -> None:
+    def __init__(self, getter: BlockSource[LeaseT], keys: Sequence[PrefixKey]) -> None:
         self._getter = getter
         self._keys = keys
-        self._blocks: list[Block] = []
+        self._blocks: list[LeaseT] = []
 
-    def __await__(self) -> Generator[Any, None, list[Block]]:
+    def __await__(self) -> Generator[Any, None, list[LeaseT]]:
         return self._getter.load_prefix(self._keys).__await__()
 
-    async def __aenter__(self) -> list[Block]:
+    async def __aenter__(self) -> list[LeaseT]:
         self._blocks = await self._getter.load_prefix(self._keys)
         return self._blocks
 
@@ -368,6 +368,7 @@ class Store:
                 "rewarmed": None if context.publisher is None else dataclasses.asdict(context.rewarmed),
                 "loading": self._getter.loading,
             },
+            "remote": None if context.sharing is None else context.sharing.statistics(),
             "disk": {
                 **context.disk.statistics(),
                 **self._space.statistics(),

@@ -121,7 +121,7 @@ class BlockStream:
             block = await self._getter.load(name, claim=self._pump.claim, early=self._early)
         copy = block.leased_copy
         assert isinstance(copy, Copy), "this store's own"
-        self._pump.taken(position, copy.extent.nbytes, brought=block.tier is Tier.DISK)
+        self._pump.taken(position, copy.extent.nbytes, brought=block.tier is not Tier.SHM)
         self._position += 1
         if not self._keep:
             self._last = (block, copy)

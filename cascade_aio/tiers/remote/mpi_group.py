@@ -231,7 +231,13 @@ class MpiGroup:
             self._tell(lambda: settle(outcome))
 
         self._send(run)
-        return await future
+        try:
+            async with asyncio.timeout(2 * OPEN_SECONDS_MAX):
+                return await future
+        except TimeoutError:
+            raise BrokenTierError(
+                "a collective call of MPI does not return: a rank has probably died; restart the job"
+            ) from None
 
     def _send(self, item: Call[Any] | Callable[[], None]) -> None:
         with self._wake:

@@ -370,7 +370,7 @@ class RemoteTier:
         }
 
     async def aclose(self) -> None:
-        """Leave: everything that others know of this rank ends now, and they will find out. Bounded."""
+        """Everything that others know of this rank ends now, and they will find out. Bounded. The group goes on."""
         if self._closed:
             return
         self._closed = True
@@ -380,4 +380,3 @@ class RemoteTier:
         self._generations = np.zeros(announced, dtype=np.uint64)
         self._control = memoryview(b"")
         del words
-        await self._group.aclose()
