@@ -13,11 +13,12 @@ import warnings
 import weakref
 from collections.abc import AsyncIterator, Generator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import TypeVar
 
 from cascade_aio.errors import ConfigError, LeaseError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier
@@ -94,12 +95,24 @@ class LeasedCopy(Protocol):
     def value_view(self) -> memoryview: ...
 
 
-class BlockSource(Protocol):
+class Lease(Protocol):
+    """What the request objects need of a lease."""
+
+    @property
+    def released(self) -> bool: ...
+    def release(self) -> None: ...
+
+
+LeaseT = TypeVar("LeaseT", bound=Lease, default="Block")
+"""A lease on a copy in the arena, if nothing else is said."""
+
+
+class BlockSource(Protocol[LeaseT]):
     """Who gives leases for the request objects."""
 
-    def try_hot(self, name: BlockId | PrefixKey | str) -> Block | None: ...
-    async def load(self, name: BlockId | PrefixKey | str, *, early: bool = False) -> Block: ...
-    async def load_prefix(self, keys: Sequence[PrefixKey]) -> list[Block]: ...
+    def try_hot(self, name: BlockId | PrefixKey | str) -> LeaseT | None: ...
+    async def load(self, name: BlockId | PrefixKey | str, *, early: bool = False) -> LeaseT: ...
+    async def load_prefix(self, keys: Sequence[PrefixKey]) -> list[LeaseT]: ...
 
 
 class Lender(Protocol):
@@ -273,7 +286,7 @@ class Block:
         self._key = self._value = self._views = None
         self._parts = []
         assert views is not None
-        survivors = _Survivors(copy, self._lender, self._number)
+        survivors = Survivors(copy, self._lender, self._number)
         for array in arrays:
             if array is not None:
                 survivors.watch(array)
@@ -317,8 +330,9 @@ async def _arrived(copy: LeasedCopy, start: int, stop: int) -> None:
         await copy.arrival.wait(start, stop)
 
 
-class _Survivors:
-    """Counts arrays that outlive their lease; the copy is released when the last one is collected."""
+class Survivors:
+    """Counts arrays that outlive their lease; the copy is released when the last one is collected. Any objects that
+    can be referred to weakly."""
 
     __slots__ = ("_armed", "_copy", "_count", "_lender", "_number")
 
@@ -329,7 +343,7 @@ class _Survivors:
         self._count = 0
         self._armed = False
 
-    def watch(self, array: npt.NDArray[np.uint8]) -> None:
+    def watch(self, array: object) -> None:
         self._count += 1
         weakref.finalize(array, self._died).atexit = False
 
@@ -353,24 +367,24 @@ def caller_of_package() -> str:
     return "a task of its own" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-class GetRequest:
+class GetRequest(Generic[LeaseT]):
     """What ``store.get`` returns: ``await`` it for a lease, or ``async with`` it for a scoped one."""
 
     __slots__ = ("_block", "_early", "_getter", "_name")
 
-    def __init__(self, getter: BlockSource, name: BlockId | PrefixKey | str, *, early: bool = False) -> None:
+    def __init__(self, getter: BlockSource[LeaseT], name: BlockId | PrefixKey | str, *, early: bool = False) -> None:
         self._getter = getter
         self._name = name
         self._early = early
-        self._block: Block | None = None
+        self._block: LeaseT | None = None
 
-    def __await__(self) -> Generator[Any, None, Block]:
+    def __await__(self) -> Generator[Any, None, LeaseT]:
         block = self._getter.try_hot(self._name)
         if block is None:
             block = yield from self._getter.load(self._name, early=self._early).__await__()
         return block
 
-    async def __aenter__(self) -> Block:
+    async def __aenter__(self) -> LeaseT:
         block = self._getter.try_hot(self._name)
         if block is None:
             block = await self._getter.load(self._name, early=self._early)

@@ -1,4 +1,4 @@
-"""Room in the arena: extents for puts and loads, made by eviction, waited for in order.
+"""Room in an arena (of the node, or of a device): extents for puts and loads, made by eviction, waited for in order.
 
 What it is: a first-come-first-served queue in front of the allocator, loads before stores. The
 decision whom to evict is the policy's; this module only asks for victims until the head of the
@@ -17,15 +17,34 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 from cascade_aio.abc.storage import Priority, Urgency
 from cascade_aio.config import format_size
 from cascade_aio.errors import BlockTooLargeError, TierFullError
-from cascade_aio.store.catalog import Catalog
-from cascade_aio.tiers.shm import Extent
 
 _EVICTIONS_PER_STEP_MAX = 256
 """Evictions done in one loop turn (about 1 ms); a longer search goes on in the next turn."""
+
+
+_E = TypeVar("_E")
+
+
+class Extents(Protocol[_E]):
+    """Memory to be handed out: ``ShmTier``, ``GpuTier``."""
+
+    capacity_bytes: int
+
+    def allocate(self, nbytes: int) -> _E | None: ...
+    def free(self, extent: _E) -> None: ...
+
+
+class Occupants(Protocol):
+    """Who lives in it. ``on_room`` is called when room may have appeared."""
+
+    on_room: Callable[[], None]
+
+    def evict_one(self, *, unused_since: int | None = None) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,41 +58,64 @@ class Claim:
     give: Callable[[], bool]
 
 
-class _Request:
+class _Request(Generic[_E]):
     __slots__ = ("ahead", "claim", "future", "nbytes")
 
-    def __init__(self, nbytes: int, future: asyncio.Future[Extent], claim: Claim | None, *, ahead: bool) -> None:
+    def __init__(self, nbytes: int, future: asyncio.Future[_E] | None, claim: Claim | None, *, ahead: bool) -> None:
         self.nbytes = nbytes
         self.future = future
         self.claim = claim
         self.ahead = ahead
 
 
-class ArenaRoom:
-    """Hands out extents. ``relieve`` is called when only held copies are left: write faster."""
+class ArenaRoom(Generic[_E]):
+    """Hands out extents. ``relieve`` is called when only held copies are left: write faster. ``place`` and ``setting``
+    name the arena and what sets its size, for messages."""
 
-    def __init__(self, catalog: Catalog, relieve: Callable[[], None], explain: Callable[[], str]) -> None:
-        self._catalog = catalog
+    def __init__(
+        self,
+        extents: Extents[_E],
+        occupants: Occupants,
+        relieve: Callable[[], None],
+        explain: Callable[[], str],
+        *,
+        place: str = "the arena",
+        setting: str = "shm_bytes",
+    ) -> None:
+        self._extents = extents
+        self._occupants = occupants
         self._relieve = relieve
         self._explain = explain
-        self._loads: collections.deque[_Request] = collections.deque()
-        self._stores: collections.deque[_Request] = collections.deque()
-        self._ahead: collections.deque[_Request] = collections.deque()
+        self._place = place
+        self._setting = setting
+        self._loads: collections.deque[_Request[_E]] = collections.deque()
+        self._stores: collections.deque[_Request[_E]] = collections.deque()
+        self._ahead: collections.deque[_Request[_E]] = collections.deque()
         self.let_go: Callable[[], bool] = lambda: False
         """Gives up one copy that is only held because somebody will want it; ``False`` if there is none."""
         self._scheduled = False
         self._closed: BaseException | None = None
         self.waited = 0
-        catalog.on_room = self.freed
+        occupants.on_room = self.freed
 
     def check_size(self, nbytes: int) -> None:
         """Raises ``BlockTooLargeError`` for what no eviction can ever make fit."""
-        capacity = self._catalog.shm.capacity_bytes
+        capacity = self._extents.capacity_bytes
         if nbytes > capacity:
             raise BlockTooLargeError(
                 f"a block that takes {format_size(nbytes)} of arena (header and padding included) does not fit in "
-                f"the arena of {format_size(capacity)}; open the store with larger shm_bytes"
+                f"{self._place} of {format_size(capacity)}; open the store with larger {self._setting}"
             )
+
+    def reserve_now(self, nbytes: int, *, claim: Claim | None = None) -> _E | None:
+        """An extent as ``reserve`` gives a demand, if there is room for it at once and nobody waits for any.
+
+        With a ``claim``: as it gives a read ahead.
+        """
+        if self._closed is not None or self._loads or self._stores or self._ahead:
+            return None
+        extent, _ = self._try(_Request(nbytes, None, claim, ahead=claim is not None))
+        return extent
 
     async def reserve(
         self,
@@ -83,7 +125,7 @@ class ArenaRoom:
         wait_s: float,
         urgency: Urgency | None = None,
         claim: Claim | None = None,
-    ) -> Extent:
+    ) -> _E:
         """An extent of ``nbytes`` of the caller's own. ``demand`` requests are served before others.
 
         With an ``urgency`` below DEMAND it is a read ahead, bound by its ``claim``, until somebody needs
@@ -99,7 +141,8 @@ class ArenaRoom:
         loop = asyncio.get_running_loop()
         ahead = urgency is not None and urgency.priority is not Priority.DEMAND
         assert claim is not None or not ahead, "a read ahead needs a claim"
-        request = _Request(nbytes, loop.create_future(), claim, ahead=ahead)
+        future: asyncio.Future[_E] = loop.create_future()
+        request = _Request(nbytes, future, claim, ahead=ahead)
         queue = self._ahead if ahead else self._loads if demand else self._stores
         if not self._loads and (queue is self._loads or not self._stores) and not (ahead and self._ahead):
             extent, _ = self._try(request)
@@ -111,12 +154,12 @@ class ArenaRoom:
         try:
             async with asyncio.timeout(wait_s) as limit:
                 with self._following(request, urgency, limit, wait_s):
-                    return await request.future
+                    return await future
         except BaseException as error:
             self._withdraw(request)
             if isinstance(error, TimeoutError):
                 raise TierFullError(
-                    f"no room for {format_size(nbytes)} in the arena within {wait_s:g} s: {self._explain()}"
+                    f"no room for {format_size(nbytes)} in {self._place} within {wait_s:g} s: {self._explain()}"
                 ) from None
             raise
 
@@ -136,12 +179,12 @@ class ArenaRoom:
         self._closed = error
         for queue in (self._loads, self._stores, self._ahead):
             for request in queue:
-                if not request.future.done():
+                if request.future is not None and not request.future.done():
                     request.future.set_exception(error)
 
     @contextlib.contextmanager
     def _following(
-        self, request: _Request, urgency: Urgency | None, limit: asyncio.Timeout, wait_s: float
+        self, request: _Request[_E], urgency: Urgency | None, limit: asyncio.Timeout, wait_s: float
     ) -> Iterator[None]:
         """Within this scope a read ahead moves to the loads when somebody needs it; its patience begins anew."""
 
@@ -159,10 +202,11 @@ class ArenaRoom:
         with urgency.watched(rise):
             yield
 
-    def _withdraw(self, request: _Request) -> None:
+    def _withdraw(self, request: _Request[_E]) -> None:
         future = request.future
+        assert future is not None
         if future.done() and not future.cancelled() and future.exception() is None:
-            self._catalog.shm.free(future.result())  # granted in the very turn in which the caller gave up
+            self._extents.free(future.result())  # granted in the very turn in which the caller gave up
         for queue in (self._loads, self._stores, self._ahead):
             if request in queue:
                 queue.remove(request)
@@ -173,6 +217,7 @@ class ArenaRoom:
         for queue in (self._loads, self._stores):
             while queue:
                 request = queue[0]
+                assert request.future is not None
                 if request.future.done():
                     queue.popleft()
                     continue
@@ -190,6 +235,7 @@ class ArenaRoom:
     def _serve_ahead(self) -> None:
         """Each as its own claim allows: one that is refused does not hold up another claimant."""
         for request in list(self._ahead):
+            assert request.future is not None
             if not request.future.done():
                 extent, exhausted = self._try(request)
                 if extent is None:
@@ -200,10 +246,10 @@ class ArenaRoom:
                 request.future.set_result(extent)
             self._ahead.remove(request)
 
-    def _try(self, request: _Request) -> tuple[Extent | None, bool]:
+    def _try(self, request: _Request[_E]) -> tuple[_E | None, bool]:
         """(extent or None, whether nothing is left that the request may have evicted)."""
-        shm = self._catalog.shm
-        extent = shm.allocate(request.nbytes)
+        extents = self._extents
+        extent = extents.allocate(request.nbytes)
         evictions = 0
         while extent is None:
             if evictions == _EVICTIONS_PER_STEP_MAX:
@@ -211,16 +257,16 @@ class ArenaRoom:
             if not self._evict_for(request):
                 return None, True
             evictions += 1
-            extent = shm.allocate(request.nbytes)
+            extent = extents.allocate(request.nbytes)
         return extent, False
 
-    def _evict_for(self, request: _Request) -> bool:
-        claim, catalog = request.claim, self._catalog
-        if claim is not None and (catalog.evict_one(unused_since=claim.mark) or claim.give()):
+    def _evict_for(self, request: _Request[_E]) -> bool:
+        claim, occupants = request.claim, self._occupants
+        if claim is not None and (occupants.evict_one(unused_since=claim.mark) or claim.give()):
             return True
         if request.ahead:
             return False
-        while not catalog.evict_one():
+        while not occupants.evict_one():
             if not self.let_go():
                 return False
         return True
