@@ -123,13 +123,18 @@ class BudgetError(OSError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WriterLimits:
-    """Bounds of the writer. Bytes are multiples of the page."""
+    """Bounds of the writer. Bytes are multiples of the page.
+
+    ``mark_bytes``: a flush is answered after a mark, a page, once so much of a segment is durable and no header says
+    so. It bounds what recovery has to read and write again after a kill.
+    """
 
     segment_bytes: int = 1 << 30
     write_bytes_max: int = 8 << 20
     inflight_bytes_max: int = 64 << 20
     linger_bytes: int = 1 << 20
     sync_bytes: int = 256 << 20
+    mark_bytes: int = 16 << 20
     tail_seconds_max: float = 1.0
     failures_max: int = 4
     retry_seconds: float = 2.0
@@ -140,7 +145,8 @@ class WriterLimits:
             raise ConfigError(f"segment_bytes={self.segment_bytes} must be a multiple of 4096, at least {smallest}")
         if self.write_bytes_max < PAGE_BYTES or self.write_bytes_max % PAGE_BYTES:
             raise ConfigError(f"write_bytes_max={self.write_bytes_max} must be a multiple of 4096, at least 4096")
-        for name in ("inflight_bytes_max", "sync_bytes", "tail_seconds_max", "failures_max", "retry_seconds"):
+        sizes, others = ("inflight_bytes_max", "sync_bytes", "mark_bytes"), ("tail_seconds_max", "failures_max")
+        for name in (*sizes, *others, "retry_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive")
 
@@ -685,12 +691,37 @@ class SegmentWriter:
             self._failures_in_a_row = 0
             self._pause_s = 0.0
             self._short_since_s = None
-            self._settle(segment, settled)
+            try:
+                await self._mark(segment)
+            finally:
+                self._settle(segment, settled)
+
+    async def _mark(self, segment: ActiveSegment) -> None:
+        """Say in the segment what is durable of it, if much is that no header says, and nothing is queued that will.
+
+        Before the flushes are answered: what they promise is then known as promised to whoever comes after a kill.
+        """
+        unsaid_bytes = segment.synced - segment.announced
+        if (
+            segment is not self._active
+            or (self._closing and self._seal_at_end)
+            or unsaid_bytes < self.limits.mark_bytes
+            or segment.placed > segment.synced
+            or self._pending.first_queued is not None
+            or not segment.fits(PAGE_BYTES, bindings=0, tombstones=0)
+        ):
+            return
+        segment.enter()
+        self._inflight_bytes += PAGE_BYTES
+        write = segment.place_mark(self._stamp(), self._pending.settled_ticket)
+        await asyncio.wait([self._tasks.create_task(self._write(segment, write))])
 
     def _settle(self, segment: ActiveSegment, settled: Sequence[Placed]) -> None:
         entry = segment.entry
         self.statistics.durable_records += len(settled)
         for placed in settled:
+            if not placed.appends:
+                continue
             self._pending.settle(placed.appends)
             record = placed.appends[0].record
             if record is not None:

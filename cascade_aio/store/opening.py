@@ -67,6 +67,9 @@ SEGMENTS_PER_BUDGET = 16
 SEGMENTS_PER_BUDGET_MIN = 8
 """A budget of fewer of the smallest segments is refused."""
 
+MARKS_PER_SEGMENT = 64
+"""At most such a part of a segment is durable when a flush ends and has to be read again after a kill all the same."""
+
 _SEGMENT_BYTES_MIN = 1 << 20
 
 SYNC_BYTES_MIN = 256 << 20
@@ -219,6 +222,7 @@ async def _open(
         WriterLimits(
             segment_bytes=config.segment_bytes,
             sync_bytes=max(SYNC_BYTES_MIN, backlog_bytes_max // 2),
+            mark_bytes=config.segment_bytes // MARKS_PER_SEGMENT,
             tail_seconds_max=config.tail_seconds_max,
         ),
     )

@@ -24,9 +24,10 @@ CRASH = WriterLimits(
     write_bytes_max=4 * PAGE_BYTES,
     inflight_bytes_max=16 * PAGE_BYTES,
     linger_bytes=4 * PAGE_BYTES,
+    mark_bytes=3 * PAGE_BYTES,
     tail_seconds_max=3600.0,
 )
-"""Tiny segments and writes, so that a short run crosses every kind of boundary."""
+"""Tiny segments and writes, and marks between them, so that a short run crosses every kind of boundary."""
 
 
 class Acknowledged:
