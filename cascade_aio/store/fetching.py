@@ -67,6 +67,11 @@ class Fetcher:
         """Which other ranks have the block of each name (block id or prefix key). A hint."""
         return await self._tier.lookup([directory_name(name) for name in names])
 
+    async def sizes(self, names: Sequence[bytes]) -> dict[bytes, int]:
+        """Bytes of the record of each of ``names`` that another rank has."""
+        found = zip(names, await self.lookup(names), strict=True)
+        return {name: listings[0].record_bytes for name, listings in found if listings}
+
     async def bring(self, name: bytes, urgency: Urgency, claim: Claim | None) -> Copy | None:
         """The block of ``name`` from another rank, admitted to the catalog and not held; ``None`` if none has it.
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
 
 from cascade_aio.errors import (
     BlockNotFoundError,
@@ -23,12 +23,16 @@ from cascade_aio.model import BLOCK_ID_BYTES, PREFIX_KEY_BYTES, BlockId, PrefixK
 from cascade_aio.store.block import Block
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
-from cascade_aio.store.fetching import Fetcher
+from cascade_aio.store.fetching import Fetcher, FetchWaiter
 from cascade_aio.store.loading import Loader, Waiter
 from cascade_aio.store.room import Claim
 
 _PREFIX_ARENA_SHARE_MAX = 0.9
 """One prefix may pin at most this share of the arena: a longer one ends there instead of waiting for itself."""
+
+
+_Pending = tuple[int | PrefixKey, Block | Waiter | FetchWaiter]
+"""A row and what is awaited of it, or a name that only other ranks know."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +59,24 @@ class PrefixLookup:
     @property
     def blocks(self) -> int:
         return len(self.tiers)
+
+
+class LookupAcrossRanks(PrefixLookup):
+    """What this rank knows; awaited, also what the other ranks have."""
+
+    __slots__ = ("_getter", "_keys")
+    _getter: Getter
+    _keys: tuple[PrefixKey, ...]
+
+    @classmethod
+    def of(cls, tiers: tuple[Tier, ...], getter: Getter, keys: Sequence[PrefixKey]) -> LookupAcrossRanks:
+        lookup = cls(tiers)
+        object.__setattr__(lookup, "_getter", getter)
+        object.__setattr__(lookup, "_keys", tuple(keys))
+        return lookup
+
+    async def _full(self) -> PrefixLookup:
+        return await self._getter.look_across_ranks(self._keys)
 
 
 class Getter:
@@ -190,6 +212,29 @@ class Getter:
             if row < 0:
                 break
             tiers.append(Tier.SHM if self._catalog.is_in_arena(row) else Tier.DISK)
+        if self._context.sharing is not None:
+            return LookupAcrossRanks.of(tuple(tiers), self, keys)
+        return PrefixLookup(tuple(tiers))
+
+    async def look_across_ranks(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
+        """``lookup``, and what other ranks have: one round trip per rank that keeps any of the names."""
+        self._context.check()
+        sharing = self._context.sharing
+        assert sharing is not None, "asked of stores with a communicator"
+        absent = [raw_prefix(key) for key in keys if not self._catalog.is_in_arena(self.find_prefix(key))]
+        listed = await sharing.fetcher.sizes(absent) if absent else {}
+        self._context.check()
+        tiers: list[Tier] = []
+        for key in keys:
+            row = self.find_prefix(key)
+            if self._catalog.is_in_arena(row):
+                tiers.append(Tier.SHM)
+            elif key in listed:
+                tiers.append(Tier.REMOTE)
+            elif row >= 0:
+                tiers.append(Tier.DISK)
+            else:
+                break
         return PrefixLookup(tuple(tiers))
 
     def find_prefix(self, key: PrefixKey) -> int:
@@ -199,31 +244,60 @@ class Getter:
         """Leases on the longest cached prefix, read in parallel; it ends before the first block that fails."""
         context = self._context
         context.check()
-        rows = self._cached_rows(keys)
-        for row in reversed(rows):  # the last block first: a prefix stays hotter than what follows it
-            self._catalog.touch(row)
-        context.counters.gets += len(rows)
-        pending: list[tuple[int, Block | Waiter]] = []
+        listed = await self._listed_elsewhere(keys)
+        parts = self._cached_parts(keys, listed)
+        for part in reversed(parts):  # the last block first: a prefix stays hotter than what follows it
+            if isinstance(part, int):
+                self._catalog.touch(part)
+        context.counters.gets += len(parts)
+        pending: list[_Pending] = []
         blocks: list[Block] = []
         try:
-            for row in rows:
-                copy = self._catalog.copies.get(row)
-                pending.append((row, self.loader.join(row) if copy is None else context.desk.lend(copy, Tier.SHM)))
+            for part in parts:
+                pending.append((part, self._begin(part)))
             await self._collect(pending, blocks)
         except BaseException:
             for block in blocks:
                 block.release()
             raise
         finally:
-            for row, item in pending[len(blocks) :]:
-                if isinstance(item, Block):
-                    if not item.released:
-                        item.release()
-                else:
-                    self.loader.leave(row, item)
+            for part, item in pending[len(blocks) :]:
+                self._give_up(part, item)
         return blocks
 
-    async def _collect(self, pending: Sequence[tuple[int, Block | Waiter]], blocks: list[Block]) -> None:
+    async def _listed_elsewhere(self, keys: Sequence[PrefixKey]) -> dict[bytes, int]:
+        """Record bytes of those names that this store does not know and another rank has."""
+        sharing = self._context.sharing
+        unknown = [] if sharing is None else [raw_prefix(key) for key in keys if self.find_prefix(key) < 0]
+        if sharing is None or not unknown:
+            return {}
+        listed = await sharing.fetcher.sizes(unknown)
+        self._context.check()
+        return listed
+
+    async def is_elsewhere(self, name: BlockId | PrefixKey | str) -> bool:
+        """Whether another rank has the block in its arena. A hint; never true without a communicator."""
+        sharing = self._context.sharing
+        return sharing is not None and bool(await sharing.fetcher.sizes([raw_name(name)]))
+
+    def _begin(self, part: int | PrefixKey) -> Block | Waiter | FetchWaiter:
+        context = self._context
+        if not isinstance(part, int):
+            assert context.sharing is not None, part
+            return context.sharing.fetcher.join(part)
+        copy = self._catalog.copies.get(part)
+        return self.loader.join(part) if copy is None else context.desk.lend(copy, Tier.SHM)
+
+    def _give_up(self, part: int | PrefixKey, item: Block | Waiter | FetchWaiter) -> None:
+        if isinstance(item, Block):
+            if not item.released:
+                item.release()
+        elif isinstance(part, int):
+            self.loader.leave(part, cast(Waiter, item))
+        elif self._context.sharing is not None:
+            self._context.sharing.fetcher.leave(part, cast(FetchWaiter, item))
+
+    async def _collect(self, pending: Sequence[_Pending], blocks: list[Block]) -> None:
         """Move what arrives, in order, from ``pending`` to ``blocks``; stop at the first that does not."""
         context = self._context
         try:
@@ -234,36 +308,44 @@ class Getter:
                         blocks.append(item)
                         continue
                     copy = await item
+                    if copy is None:  # the rank that had it has not any more
+                        context.counters.misses += 1
+                        return
                     blocks.append(self._lend_loaded(copy))
                     self._catalog.release(copy)
         except TimeoutError:
             context.counters.late_reads += 1
-            for row, item in pending[len(blocks) :]:
-                if not isinstance(item, Block):
-                    self.loader.late(row)
+            for part, item in pending[len(blocks) :]:
+                if isinstance(part, int) and not isinstance(item, Block):
+                    self.loader.late(part)
         except ClosedError:
             raise
         except (BlockNotFoundError, CorruptionError, TierFullError, OSError):
             context.counters.misses += 1  # the load has counted and reported the cause
 
-    def _cached_rows(self, keys: Sequence[PrefixKey]) -> list[int]:
+    def _cached_parts(self, keys: Sequence[PrefixKey], listed: Mapping[bytes, int]) -> list[int | PrefixKey]:
+        """The longest prefix that fits: rows, and names of blocks that only other ranks have."""
         catalog = self._catalog
         budget = int(catalog.shm.capacity_bytes * _PREFIX_ARENA_SHARE_MAX)
-        rows: list[int] = []
-        seen: set[int] = set()
+        parts: list[int | PrefixKey] = []
+        seen: set[int | PrefixKey] = set()
         for key in keys:
             row = self.find_prefix(key)
-            if row < 0:
+            part = row if row >= 0 else key
+            if row < 0 and key not in listed:
                 self._context.counters.misses += 1
                 break
-            if row not in seen:
+            if part not in seen:
                 copy = catalog.copies.get(row)
-                budget -= catalog.stored_bytes(row) if copy is None else copy.extent.nbytes
-                seen.add(row)
-            if budget < 0 and rows:
+                if row < 0:
+                    budget -= listed[key]
+                else:
+                    budget -= catalog.stored_bytes(row) if copy is None else copy.extent.nbytes
+                seen.add(part)
+            if budget < 0 and parts:
                 break
-            rows.append(row)
-        return rows
+            parts.append(part)
+        return parts
 
 
 def raw_name(name: BlockId | PrefixKey | str) -> bytes:

@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 from cascade_aio.abc.storage import Priority
 from cascade_aio.core.prefetch import MIB, Act, Action, PrefetchPlanner, WindowBounds
@@ -25,6 +25,7 @@ from cascade_aio.errors import BlockTooLargeError, ClosedError, ConfigError, Int
 from cascade_aio.model import BlockId, PrefixKey
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
+from cascade_aio.store.fetching import Fetcher, FetchWaiter
 from cascade_aio.store.getting import Getter, raw_name
 from cascade_aio.store.loading import Waiter
 from cascade_aio.store.room import Claim
@@ -94,7 +95,9 @@ class Pump:
         self.finished = asyncio.Event()
         self.failure: Exception | None = None
         self._rows: dict[int, int] = {}  # position → row, described and to be started
-        self._bringing: dict[int, tuple[int, Waiter]] = {}
+        self._bringing: dict[int, tuple[int, Waiter | FetchWaiter]] = {}
+        self._listed: dict[bytes, int] = {}  # names that only other ranks know → bytes of the record
+        self._asking = False
         self._held: dict[int, Copy] = {}
         self._brought: set[int] = set()
         self._consumed: collections.deque[tuple[Copy, int]] = collections.deque(maxlen=CONSUMED_MAX)
@@ -114,17 +117,33 @@ class Pump:
                 self._catalog.touch(row)
         self.advance()
 
+    async def start_across_ranks(self, fetcher: Fetcher) -> None:
+        """``start``, once it is known which of the blocks that this store does not know other ranks have."""
+        self._asking = True
+        for first in range(0, len(self._names), _STEP_POSITIONS):
+            part = self._names[first : first + _STEP_POSITIONS]
+            unknown = [raw_name(name) for name in part if self._getter.find(name) < 0]
+            if unknown:
+                self._listed.update(await fetcher.sizes(unknown))
+            if self.finished.is_set():
+                return
+        self._asking = False
+        self.start()
+
     # -- the plan ------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """Describe and start what the window has room for; finish when nothing is left to do."""
         planner, catalog = self.planner, self._catalog
+        if self._asking:
+            return
         for _ in range(_STEP_POSITIONS):
             position = None if self.finished.is_set() else planner.next_position()
             if position is None:
                 break
             row = self._getter.find(self._names[position])
-            if row < 0:
+            listed = self._listed.get(raw_name(self._names[position])) if row < 0 and self._listed else None
+            if row < 0 and listed is None:
                 self.progress.unknown += 1
                 planner.absent(position)
                 continue
@@ -136,7 +155,7 @@ class Pump:
                     self._held[position] = copy
             else:
                 self._rows[position] = row
-            nbytes = catalog.stored_bytes(row) if copy is None else copy.extent.nbytes
+            nbytes = copy.extent.nbytes if copy is not None else listed or catalog.stored_bytes(row)
             self._perform(planner.describe(position, nbytes, resident=copy is not None, now_s=self._now_s()))
         else:
             self._advance_soon()
@@ -160,9 +179,23 @@ class Pump:
                 self._drop(position)
             elif position in self._bringing:  # else it was found in the arena when it was to be started
                 if act is Act.HURRY:
-                    self._getter.loader.hurry(self._bringing[position][0])
+                    self._hurry(position)
                 else:
-                    self._getter.loader.leave(*self._bringing.pop(position))
+                    self._leave(position)
+
+    def _hurry(self, position: int) -> None:
+        row, _ = self._bringing[position]
+        if row >= 0:
+            self._getter.loader.hurry(row)
+        elif self._context.sharing is not None:
+            self._context.sharing.fetcher.hurry(raw_name(self._names[position]))
+
+    def _leave(self, position: int) -> None:
+        row, waiter = self._bringing.pop(position)
+        if row >= 0:
+            self._getter.loader.leave(row, cast(Waiter, waiter))
+        elif self._context.sharing is not None:
+            self._context.sharing.fetcher.leave(raw_name(self._names[position]), cast(FetchWaiter, waiter))
 
     def _bring(self, position: int) -> None:
         """The block may have come or gone since it was described."""
@@ -171,7 +204,11 @@ class Pump:
         if row != self._rows.pop(position) or row in self._catalog.copies:
             self._context.loop.call_soon(self._redescribed, position)
             return
-        waiter = self._getter.loader.join(row, priority=self._priority, claim=self.claim, layered=self._layered)
+        waiter: Waiter | FetchWaiter
+        if row < 0 and self._context.sharing is not None:
+            waiter = self._context.sharing.fetcher.join(raw_name(name), priority=self._priority, claim=self.claim)
+        else:
+            waiter = self._getter.loader.join(row, priority=self._priority, claim=self.claim, layered=self._layered)
         self._bringing[position] = (row, waiter)
         waiter.add_done_callback(functools.partial(self._done, position))
 
@@ -184,14 +221,14 @@ class Pump:
         self._perform(self.planner.failed(position, self._now_s()))
         self.advance()
 
-    def _done(self, position: int, waiter: Waiter) -> None:
+    def _done(self, position: int, waiter: Waiter | FetchWaiter) -> None:
         if self._bringing.get(position, (0, None))[1] is not waiter:
             return  # left before it was done
         del self._bringing[position]
         error = waiter.exception()
+        copy = waiter.result() if error is None else None
         now_s = self._now_s()
-        if error is None:
-            copy = waiter.result()
+        if copy is not None:
             self.progress.landed += 1
             self.progress.landed_bytes += copy.extent.nbytes
             if self._streaming:
@@ -200,6 +237,9 @@ class Pump:
             else:
                 self._catalog.release(copy)
             self._perform(self.planner.landed(position, now_s))
+        elif error is None:  # the rank that had it has not any more
+            self.progress.unknown += 1
+            self._perform(self.planner.failed(position, now_s))
         elif isinstance(error, ClosedError | InternalError):
             self.close(error)
         elif isinstance(error, TierFullError) and not isinstance(error, BlockTooLargeError):
@@ -278,7 +318,7 @@ class Pump:
     def taken(self, position: int, nbytes: int, *, brought: bool) -> None:
         """The consumer has a lease on ``position``; ``brought`` by its own load."""
         if position in self._bringing:
-            self._getter.loader.leave(*self._bringing.pop(position))
+            self._leave(position)
             brought = True
         if brought:
             self._brought.add(position)
@@ -372,7 +412,11 @@ class Prefetcher:
     def begin(self, pump: Pump) -> None:
         self._plans += 1
         self._pumps[pump] = None
-        pump.start()
+        sharing = self.context.sharing
+        if sharing is not None and sharing.fetcher.serves:
+            self.context.tasks.spawn(pump.start_across_ranks(sharing.fetcher), "cascade-prefetch-lookup")
+        else:
+            pump.start()
 
     def forget(self, pump: Pump) -> None:
         if self._pumps.pop(pump, 0) is None:

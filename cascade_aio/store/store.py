@@ -161,8 +161,9 @@ class Store:
         return self._getter.find(name) >= 0
 
     async def contains(self, name: BlockId | PrefixKey | str) -> bool:
-        """Whether any tier holds the block; the same as ``in``, which on a client sees shared memory only."""
-        return name in self
+        """Whether any tier holds the block. ``in`` does not ask: on a client it sees shared memory only, with a
+        communicator not what other ranks have."""
+        return name in self or await self._getter.is_elsewhere(name)
 
     def __len__(self) -> int:
         """Blocks known to this store."""
