@@ -55,6 +55,7 @@ SETTING_HELP = {
     "scrub_bandwidth": "Bytes per second read in search of damage; none: not at all.",
     "adopt_seconds": "How often segments of dead writers are looked for; none: never.",
     "read_seconds_max": "Deadline of a disk read; none: no deadline.",
+    "remote_seconds_max": "Under MPI: a rank that is silent for so long is left alone for a while.",
     "stall_seconds_max": "A write or sync that takes longer: the storage hangs.",
     "workers": "Threads that copy and hash; none: all usable CPUs.",
     "stripe_count": "Lustre stripes of new files; -1: all targets.",
