@@ -141,8 +141,8 @@ def decode_trailer(
 def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) -> Iterator[Fact]:
     """The facts of a footer, in record order. ``body`` is the padded footer.
 
-    Raises ``CorruptionError`` before the first fact if its checksum is wrong or its rows say what cannot be:
-    then the records are to be asked themselves.
+    Raises ``CorruptionError`` at once if its checksum is wrong or its rows say what cannot be: then the records are
+    to be asked themselves.
     """
     found = crc32c.crc32c(body)
     if found != trailer.footer_crc:
@@ -162,6 +162,11 @@ def footer_facts(body: memoryview, trailer: Trailer, segment: int, path: str) ->
         raise CorruptionError(
             f"footer says what cannot be: {problem}", path=path, segment=trailer.identity.name, offset=trailer.data_end
         )
+    return _facts(body, trailer, segment, path, first, second)
+
+
+def _facts(body: memoryview, trailer: Trailer, segment: int, path: str, first: int, second: int) -> Iterator[Fact]:
+    """The tables, the second from byte ``first`` on and the third from ``second``, walked side by side."""
     bindings = _BINDING_ROW.iter_unpack(body[first:second])
     tombstones = _TOMBSTONE_ROW.iter_unpack(body[second:])
     binding, tombstone = next(bindings, None), next(tombstones, None)

@@ -18,7 +18,8 @@ import collections
 import dataclasses
 import errno
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,14 +33,18 @@ from cascade_aio.segments.facts import BindingFact, BlockFact, DamageFact, Fact,
 from cascade_aio.segments.footer import SEALED_DAMAGE, FooterTables, Trailer, decode_trailer, footer_facts, record_facts
 from cascade_aio.segments.layout import Root, WriterClaim, list_segments, list_writers
 from cascade_aio.segments.scan import (
+    READS_MAX,
     VERIFY_BYTES,
     Gap,
     check_payload,
     read_pages,
     scan_records,
     unreadable_reason,
+    write_again,
 )
 from cascade_aio.segments.table import SegmentEntry, SegmentTable
+
+_T = TypeVar("_T")
 
 SEARCH_BYTES_FOREIGN = 256 << 20
 """How far behind a hole in another writer's open segment we look for more at opening."""
@@ -346,7 +351,7 @@ class SegmentRecovery:
             entry.record_bytes, end = trailer.data_end - PAGE_BYTES, trailer.data_end
             footer_bytes = size - trailer.data_end
             try:
-                for count, fact in enumerate(await self._footer_facts(file, trailer), 1):
+                for count, fact in enumerate(await self._twice(lambda: self._footer_facts(file, trailer)), 1):
                     yield fact
                     if not count % FACTS_PER_TURN:
                         await asyncio.sleep(0)
@@ -371,8 +376,7 @@ class SegmentRecovery:
         if end < PAGE_BYTES:
             return False, None
         try:
-            await read_pages(self._storage, file, page, 0)
-            header = fmt.decode_segment_header(page, path=entry.path)
+            header = await self._twice(lambda: self._read_header(file, page))
         except OSError as exc:
             return True, self._unread(0, PAGE_BYTES, f"segment header is {unreadable_reason(exc)}")
         except CorruptionError as exc:
@@ -387,6 +391,19 @@ class SegmentRecovery:
                 entry.path, entry.name, 0, PAGE_BYTES, "this segment belongs to another store or writer: it is not read"
             )
         return True, None
+
+    async def _read_header(self, file: File, page: memoryview) -> fmt.SegmentHeader | None:
+        await read_pages(self._storage, file, page, 0)
+        return fmt.decode_segment_header(page, path=self._entry.path)
+
+    async def _twice(self, read: Callable[[], Awaitable[_T]]) -> _T:
+        """What ``read`` gives; what is damaged is read once more before that is believed."""
+        for _ in range(READS_MAX - 1):
+            try:
+                return await read()
+            except CorruptionError:
+                continue
+        return await read()
 
     async def _holds_bytes(self, file: File, end: int) -> bool:
         """Whether anything follows page 0: its header was durable then, so this is no creation cut short."""
@@ -514,7 +531,7 @@ class SegmentRecovery:
         if durable:
             try:
                 sound = await self._filled(sound, torn)
-                await self._write_again(max(PAGE_BYTES, synced), _end_of(sound[-1]), buffer)
+                await self._write_again([item for item in sound if _end_of(item) > synced], buffer)
                 await self._storage.sync(file)
             except OSError:
                 durable = False  # some may have been promised: they are told, and the next opening tries again
@@ -524,14 +541,13 @@ class SegmentRecovery:
                 yield fact
         self._sealable = durable
 
-    async def _write_again(self, start: int, end: int, buffer: memoryview) -> None:
-        """The same bytes to the same place, through ``buffer``. Raises ``OSError``."""
+    async def _write_again(self, items: Sequence[fmt.RecordHeader | Gap], buffer: memoryview) -> None:
+        """The same bytes to the same places, through ``buffer``. Raises ``OSError``."""
         file = await self._storage.open(self._entry.path, writable=True)
         try:
-            for offset in range(start, end, len(buffer)):
-                piece = buffer[: min(len(buffer), end - offset)]
-                await read_pages(self._storage, file, piece, offset)
-                await self._storage.write(file, [piece], offset)
+            for item in items:
+                if isinstance(item, fmt.RecordHeader):
+                    await write_again(self._storage, self._engine, file, self._entry, item, buffer)
         finally:
             await file.close()
 

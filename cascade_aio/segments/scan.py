@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,10 @@ VERIFY_BYTES = 8 << 20
 
 UNREADABLE_PAGES_MAX = 256
 """A search gives up after so many: a file system that is gone may take seconds to fail each read."""
+
+READS_MAX = 2
+"""What is wrong is read once more before it is believed: a device, a bus or memory that errs once is no damage of the
+medium, and what is believed damaged is cut off, written over or kept from use."""
 
 _MAGIC_WORD = int.from_bytes(fmt.RECORD_MAGIC, "little")
 
@@ -88,6 +92,10 @@ class _Window:
         """A page from ``offset``, or more of what lies before ``limit``."""
         await self.view(offset, PAGE_BYTES, min(SCAN_WINDOW_BYTES, limit - offset))
         return self._buffer[offset - self._start : min(limit - self._start, self._filled)]
+
+    def forget(self) -> None:
+        """What was read may be wrong: the next view reads again."""
+        self._filled = 0
 
     async def _fill(self, offset: int, nbytes: int, ahead_bytes: int) -> None:
         self._start, self._filled = offset, 0
@@ -142,20 +150,28 @@ async def _header_at(
     window: _Window, entry: SegmentEntry, position: int, ahead: int
 ) -> tuple[fmt.RecordHeader | None, str, bool]:
     """The header at ``position``, or why there is none, and whether that is because it could not be read."""
+    header, reason = None, ""
     try:
-        view = await window.view(position, PAGE_BYTES, ahead)
-        pages = fmt.header_pages_at(view, path=entry.path, offset=position)
-        if not pages:
-            return None, "no record, only zeros", False
-        view = await window.view(position, pages * PAGE_BYTES, ahead)
-        header = fmt.decode_record(view, entry.identity, path=entry.path, offset=position)
-    except CorruptionError as exc:
-        return None, exc.args[0].partition(" in ")[0], False
+        for attempt in range(READS_MAX):
+            if attempt:
+                window.forget()
+            view = await window.view(position, PAGE_BYTES, ahead)
+            try:
+                pages = fmt.header_pages_at(view, path=entry.path, offset=position)
+                if not pages:
+                    return None, "no record, only zeros", False
+                view = await window.view(position, pages * PAGE_BYTES, ahead)
+                header = fmt.decode_record(view, entry.identity, path=entry.path, offset=position)
+                break
+            except CorruptionError as exc:
+                reason = exc.args[0].partition(" in ")[0]
     except OSError as exc:
         return None, unreadable_reason(exc), True
-    if header is not None and header.end > window.end:
+    if header is None:
+        return None, reason, False
+    if header.end > window.end:
         return None, "the file ends within a record", False
-    if header is not None and max(header.key_bytes, header.value_bytes) > PART_BYTES_MAX:
+    if max(header.key_bytes, header.value_bytes) > PART_BYTES_MAX:
         return None, "record header is unusable: a part longer than any block has", False
     return header, "", False
 
@@ -199,17 +215,67 @@ async def check_payload(
     A part behind the end of the file is damage. Raises ``OSError`` for one that cannot be read: that says nothing
     about its bytes.
     """
-    step = len(buffer) // header.chunk_bytes * header.chunk_bytes
-    assert step > 0, "the buffer holds at least one chunk"
+    error: CorruptionError | None = None
+    for _ in range(READS_MAX):
+        error = await _check_once(storage, engine, file, entry, header, buffer, priority)
+        if error is None:
+            return None
+    return error
+
+
+async def _check_once(
+    storage: Storage,
+    engine: ByteEngine,
+    file: File,
+    entry: SegmentEntry,
+    header: fmt.RecordHeader,
+    buffer: memoryview,
+    priority: Priority,
+) -> CorruptionError | None:
     crcs: list[int] = []
-    start = header.offset + header.header_pages * PAGE_BYTES
-    for offset in range(start, header.end, step):
-        piece = buffer[: min(step, header.end - offset)]
+    for offset, piece in payload_pieces(header, buffer):
         count = await storage.read(file, [piece], offset, priority=priority)
         if count < len(piece):
             return CorruptionError("the file ends within a record", path=entry.path, segment=entry.name, offset=offset)
         crcs.extend(await engine.checksum(piece, header.chunk_bytes))
     return verify_payload(header, crcs, entry)
+
+
+def payload_pieces(header: fmt.RecordHeader, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(Offset, so much of ``buffer``) of the pieces of a record's payload: whole chunks but for the last."""
+    step = len(buffer) // header.chunk_bytes * header.chunk_bytes
+    assert step > 0, "the buffer holds at least one chunk"
+    for offset in range(header.offset + header.header_pages * PAGE_BYTES, header.end, step):
+        yield offset, buffer[: min(step, header.end - offset)]
+
+
+async def write_again(
+    storage: Storage,
+    engine: ByteEngine,
+    file: File,
+    entry: SegmentEntry,
+    header: fmt.RecordHeader,
+    buffer: memoryview,
+) -> None:
+    """Write a sound record's bytes to the same place again, checked as they were read: no read that errs gets there.
+
+    ``file`` is open for writing. Raises ``OSError``, also if its bytes cannot be read as they ought to be.
+    """
+    pages = buffer[: header.header_pages * PAGE_BYTES]
+    fmt.encode_record(pages, header, entry.identity)
+    await storage.write(file, [pages], header.offset)
+    done = 0
+    for offset, piece in payload_pieces(header, buffer):
+        chunks = -(-len(piece) // header.chunk_bytes)
+        wanted = header.chunk_crcs[done : done + chunks]
+        done += chunks
+        for _ in range(READS_MAX):
+            await read_pages(storage, file, piece, offset)
+            if await engine.checksum(piece, header.chunk_bytes) == wanted:
+                break
+        else:
+            raise OSError(errno.EIO, "what was sound when it was verified is read otherwise now", entry.path)
+        await storage.write(file, [piece], offset)
 
 
 async def verify_records(

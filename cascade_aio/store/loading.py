@@ -235,23 +235,9 @@ class Loader:
         catalog.hold(copy)
         load.copy = copy
         copy.loading = functools.partial(self._stop_if_unwanted, row, load)
-        copy.arrival = Arrival(copy.extent.nbytes - copy.header_bytes, functools.partial(self._first_bytes, load, copy))
-        copy.arrival.wait_s = self._context.config.read_seconds_max
-        read = RecordRead(
-            location,
-            copy.extent.nbytes,
-            copy.extent.memory,
-            copy.digest,
-            copy.key_bytes,
-            copy.value_bytes,
-            arrival=copy.arrival,
-            layered=load.layered,
-        )
-        failure: CascadeError | OSError | None = None
-        try:
-            await self._context.disk.read(read, load.urgency)
-        except (CascadeError, OSError) as error:
-            failure = error
+        failure = await self._attempt(load, copy, location)
+        if isinstance(failure, CorruptionError) and copy.holds == 1:  # nobody looks at it yet: once more
+            failure = await self._attempt(load, copy, location)
         present = self._present(row, load)
         if present is None and failure is None:
             copy.arrival = None
@@ -264,6 +250,26 @@ class Loader:
             raise self._judge(row, location.segment, failure)
         _end(copy, _not_found(load.block_id, "its record was moved while it was being read; get it again"))
         return present
+
+    async def _attempt(self, load: _Load, copy: Copy, location: Location) -> CascadeError | OSError | None:
+        """Read ``copy`` from there once; what has failed, if anything."""
+        copy.arrival = Arrival(copy.extent.nbytes - copy.header_bytes, functools.partial(self._first_bytes, load, copy))
+        copy.arrival.wait_s = self._context.config.read_seconds_max
+        read = RecordRead(
+            location,
+            copy.extent.nbytes,
+            copy.extent.memory,
+            copy.digest,
+            copy.key_bytes,
+            copy.value_bytes,
+            arrival=copy.arrival,
+            layered=load.layered,
+        )
+        try:
+            await self._context.disk.read(read, load.urgency)
+        except (CascadeError, OSError) as error:
+            return error
+        return None
 
     async def _looked_again(self, segment: int) -> bool:
         """Another writer has removed the segment: it may have moved the block to a newer one, which is news to us."""
