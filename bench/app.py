@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bench import results, runner, table
 from bench.machine import REPOSITORY
+from bench.mpi import app as mpi
 from bench.results import BenchError
 from bench.scale import FULL, QUICK, REPEATS_MIN
 
@@ -30,6 +31,7 @@ FAMILY_GROUPS = {
 """Families whose rows make up a group of ``table.GROUPS``."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app.add_typer(mpi.app, name="mpi")
 
 
 @app.command()

@@ -1,0 +1,77 @@
+"""``python -m bench mpi …``: the remote tier under MPI, and the simulation of its protocol on many nodes."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.mpi import costs as costs_module
+from bench.mpi import scaling, study
+from bench.mpi.cluster import Costs
+from bench.results import BenchError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+
+@app.command(name="scaling")
+def simulate(
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, separated by commas.")] = "4,16,64,256,1024",
+    out: Annotated[pathlib.Path, typer.Option(help="Result file.")] = study.RESULT,
+    block_mib: Annotated[int, typer.Option(min=1, max=1024, help="MiB of a block.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Simulations at once.")] = os.cpu_count() or 1,
+    latency_us: Annotated[
+        float | None, typer.Option(min=0, help="There and back; all four, or none: measured.")
+    ] = None,
+    origin_us: Annotated[float | None, typer.Option(min=0, help="Of the MPI thread, for a command.")] = None,
+    target_us: Annotated[float | None, typer.Option(min=0, help="Of the target's link, for a command.")] = None,
+    gb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Of a link.")] = None,
+) -> None:
+    """Simulate the protocol on many nodes; some minutes for 1,024. A simulation, not a measurement."""
+    console = Console(stderr=True)
+    try:
+        counts = _counts(nodes)
+        if latency_us is None or origin_us is None or target_us is None or gb_per_s is None:
+            if (latency_us, origin_us, target_us, gb_per_s) != (None,) * 4:
+                raise BenchError("name all of --latency-us, --origin-us, --target-us and --gb-per-s, or none of them")
+            costs, costs_from = costs_module.measure()
+        else:
+            costs = Costs(latency_us / 1e6, origin_us / 1e6, target_us / 1e6, gb_per_s * 1e9)
+            costs_from = "given, not measured"
+        done = study.run(
+            costs, costs_from, nodes=counts, block_bytes=block_mib << 20, workers=workers, say=console.print
+        )
+        study.save(out, done)
+    except BenchError as error:
+        _fail(console, error)
+
+
+@app.command(name="scaling-page")
+def scaling_page(
+    check: Annotated[bool, typer.Option(help="Change nothing; exit 1 if the page is not in step.")] = False,
+    result: Annotated[pathlib.Path, typer.Option(help="Result file.")] = study.RESULT,
+    page: Annotated[pathlib.Path, typer.Option(help="Where to.")] = study.PAGE,
+) -> None:
+    """Write docs/remote-scaling.md from the result file."""
+    try:
+        study.update(page, study.load(result), check=check)
+    except BenchError as error:
+        _fail(Console(stderr=True), error)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise BenchError(f"--nodes {text!r}: write numbers separated by commas, such as 4,64,1024") from None
+    if counts[0] < 2 or counts[-1] > scaling.NODES_MAX:
+        raise BenchError(f"--nodes {text!r}: between 2 and {scaling.NODES_MAX} nodes")
+    return counts
+
+
+def _fail(console: Console, error: BenchError) -> None:
+    console.print(f"bench mpi: {error}", markup=False, highlight=False)
+    raise typer.Exit(1) from error
