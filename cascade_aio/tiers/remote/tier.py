@@ -62,6 +62,9 @@ LOOKUP_NAMES_MAX = 512
 PROBE_SECONDS = 30.0
 """Between two attempts to reach a rank that did not answer."""
 
+HEADERS_TRIED_MAX = 3
+"""Reads of a header that is written anew at that very moment."""
+
 HANG_FACTOR = 3
 """An operation that has no outcome after so many times ``seconds_max`` hangs in the transport itself."""
 
@@ -275,22 +278,32 @@ class RemoteTier:
 
     async def _verdict(self, transfer: RemoteRead, listing: Listing) -> RecordHeader | None:
         counters = self.counters
-        end = await self._wait(transfer.call.outcome, None)
-        if end is ReadEnd.VALID:
-            verdict = await transfer.judged()
-            if isinstance(verdict, Torn):
-                counters.torn += 1
+        for attempts_left in reversed(range(HEADERS_TRIED_MAX)):
+            end = await self._wait(transfer.call.outcome, None)
+            if end is not ReadEnd.VALID:
+                self._note_end(end, listing.rank)
                 return None
-            counters.reads += 1
-            counters.read_bytes += listing.record_bytes
-            return verdict
-        if end is ReadEnd.CLOSED:
-            self._learn(Learnt(frozenset({listing.rank}), frozenset()))
-        elif end is ReadEnd.LOST:
-            self._learn(Learnt(frozenset(), frozenset({listing.rank})))
-        counters.stale += end in (ReadEnd.STALE, ReadEnd.CLOSED)
-        counters.lost += end is ReadEnd.LOST
+            verdict = await transfer.judged()
+            if isinstance(verdict, RecordHeader):
+                counters.reads += 1
+                counters.read_bytes += listing.record_bytes
+                return verdict
+            if verdict is Torn.HEADER and attempts_left:
+                transfer.read_header_again()
+                continue
+            break
+        counters.torn += 1
         return None
+
+    def _note_end(self, end: ReadEnd | None, rank: int) -> None:
+        """A read that did not end well; ``None``: it did not end."""
+        self.counters.stale += end in (ReadEnd.STALE, ReadEnd.CLOSED)
+        self.counters.lost += end is ReadEnd.LOST
+        ranks = frozenset({rank})
+        if end is ReadEnd.CLOSED:
+            self._learn(Learnt(ranks, frozenset()))
+        elif end is ReadEnd.LOST:
+            self._learn(Learnt(frozenset(), ranks))
 
     async def _carry_out(self, operation: Operation[T], otherwise: U) -> T | U:
         if self._closed or self._hangs:
