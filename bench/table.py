@@ -35,7 +35,11 @@ def render(result: ResultFile) -> str:
     """The table and one line on how it was measured, without the markers."""
     if result.rows and all(group_of(row.figure) == "prefetch" for row in result.rows):
         ahead = prefetch_table.render(
-            result.rows, result.not_run, number=_number, size=_size, verdict=lambda row: _VERDICTS[row.verdict()]
+            result.rows,
+            result.not_run,
+            number=number_text,
+            size=size_text,
+            verdict=lambda row: _VERDICTS[row.verdict()],
         )
         return "\n".join([*ahead, "", _how(result)])
     lines = [*_HEAD]
@@ -104,18 +108,18 @@ def update(readme: pathlib.Path, result: ResultFile, *, check: bool) -> None:
 def _row_text(row: Row) -> str:
     summary = row.ratio if row.ratio is not None and row.of_ratio() else row.ours.summary
     unit = "" if row.of_ratio() else f" {row.ours.unit}"
-    reached = f"**{_number(row.achieved())}**{unit} ({_range(summary)})"
-    measured = f"{_number(row.ours.summary.median)} {row.ours.unit}"
+    reached = f"**{number_text(row.achieved())}**{unit} ({_range(summary)})"
+    measured = f"{number_text(row.ours.summary.median)} {row.ours.unit}"
     if row.other is not None:
-        limit = f"{_number(row.other.summary.median)} {row.other.unit} ({row.other.name})"
+        limit = f"{number_text(row.other.summary.median)} {row.other.unit} ({row.other.name})"
     else:
-        limit = ", ".join(f"{extra.name} {_number(extra.summary.median)} {extra.unit}" for extra in row.extra)
-    cells = [row.title, _size(row.block_bytes), measured, limit, reached, _target(row), _VERDICTS[row.verdict()]]
+        limit = ", ".join(f"{extra.name} {number_text(extra.summary.median)} {extra.unit}" for extra in row.extra)
+    cells = [row.title, size_text(row.block_bytes), measured, limit, reached, _target(row), _VERDICTS[row.verdict()]]
     return "| " + " | ".join(cells) + " |"
 
 
 def _not_run_text(row: NotRun) -> str:
-    return f"| {row.title} | {_size(row.block_bytes)} | not run: {row.reason} | | | | |"
+    return f"| {row.title} | {size_text(row.block_bytes)} | not run: {row.reason} | | | | |"
 
 
 def _target(row: Row) -> str:
@@ -123,7 +127,7 @@ def _target(row: Row) -> str:
         return ""
     unit = "" if row.target.of == "ratio" else f" {row.ours.unit}"
     worst = ", worst" if row.target.use == "worst" else ""
-    return f"{'≥' if row.target.at_least else '≤'} {_number(row.target.limit)}{unit}{worst}"
+    return f"{'≥' if row.target.at_least else '≤'} {number_text(row.target.limit)}{unit}{worst}"
 
 
 def _how(result: ResultFile) -> str:
@@ -141,7 +145,7 @@ def _how(result: ResultFile) -> str:
     )
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
     """About three significant digits, thousands separated, no exponent."""
     size = abs(value)
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 or value == 0 else 4
@@ -149,10 +153,10 @@ def _number(value: float) -> str:
 
 
 def _range(summary: Spread) -> str:
-    return f"{_number(summary.minimum)}–{_number(summary.maximum)}"
+    return f"{number_text(summary.minimum)}–{number_text(summary.maximum)}"
 
 
-def _size(block_bytes: int) -> str:
+def size_text(block_bytes: int) -> str:
     if block_bytes == 0:
         return "any"
     for unit, unit_bytes in (("MiB", 1 << 20), ("KiB", 1 << 10)):

@@ -1,0 +1,231 @@
+"""Pictures of a comparison with matplotlib (the ``bench`` extra): SVG and PNG, the same bytes for the same results.
+
+Throughput: a picture per block size, a panel per column (so that no two promises or media share an axis), a bar per
+system with its range, the limit of the machine as a line. Scaling: a line per system over clients, operations in flight
+or ranks. Latency: quantiles of single operations. Systems that did not run are named under the axis, not left out.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bench.report.parts import MAIN_WORKLOADS, Line, Part, Table, leading_number, tables
+from bench.results import CannotRunError
+from bench.suite.results import Row, SuiteFile
+from bench.table import size_text
+
+OURS_COLOUR, OTHERS_COLOUR, LIMIT_COLOUR = "#b3311f", "#7a8793", "#222222"
+BAR_INCHES = 0.26
+PANEL_INCHES = 4.6
+PNG_DPI = 130
+QUANTILES_MIN = 5
+"""Fewer say nothing about a distribution."""
+COLUMNS_OF_LATENCY = ("write_volatile", "write_durable", "hot", "cold")
+
+
+def draw(part: Part, folder: pathlib.Path, stem: str) -> list[tuple[str, pathlib.Path]]:
+    """All pictures that the rows of ``part`` allow, as ``folder/stem-….svg`` and ``.png``; title and SVG of each.
+
+    Raises ``CannotRunError`` without matplotlib.
+    """
+    plot = _pyplot()
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[tuple[str, pathlib.Path]] = []
+    for name, title, figure in _figures(plot, part.result):
+        path = folder / f"{stem}-{name}.svg"
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        figure.savefig(path.with_suffix(".png"), dpi=PNG_DPI, metadata={"Software": None})
+        plot.close(figure)
+        found.append((title, path))
+    return found
+
+
+def names(result: SuiteFile) -> list[tuple[str, str]]:
+    """Name and title of the pictures that ``draw`` makes, without drawing them."""
+    main = tables(result, MAIN_WORKLOADS)
+    heads = list(dict.fromkeys(head for table in main for head in table.heads))
+    found = [(f"throughput-{_slug(head)}", f"Throughput at {head}, every column an axis of its own") for head in heads]
+    found += [(f"scaling-{_slug(name)}", title) for name, title, _ in _scalings(result)]
+    if _latencies(result):
+        found.append(("latency", "Latency of single operations"))
+    return found
+
+
+def _figures(plot: Any, result: SuiteFile) -> Iterator[tuple[str, str, Any]]:
+    main = tables(result, MAIN_WORKLOADS)
+    scalings = {f"scaling-{_slug(name)}": shown for name, _, shown in _scalings(result)}
+    for name, title in names(result):
+        if name.startswith("throughput-"):
+            yield name, title, _throughput(plot, main, name.removeprefix("throughput-"))
+        elif name in scalings:
+            yield name, title, _scaling(plot, scalings[name])
+        else:
+            yield name, title, _latency(plot, result, _latencies(result))
+
+
+def _throughput(plot: Any, main: Sequence[Table], slug: str) -> Any:
+    shown = [(table, at) for table in main for at, head in enumerate(table.heads) if _slug(head) == slug]
+    shown = [(table, at) for table, at in shown if any(isinstance(line.cells[at], Row) for line in table.lines)]
+    across = min(2, len(shown))
+    down = -(-len(shown) // across)
+    tallest = max(len(table.lines) for table, _ in shown)
+    size = (PANEL_INCHES * 1.6 * across, (1.4 + BAR_INCHES * tallest) * down)
+    figure, panels = plot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    flat = list(panels.flat)
+    for panel, (table, at) in zip(flat, shown, strict=False):
+        _bars(panel, table, at)
+    for panel in flat[len(shown) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _bars(panel: Any, table: Table, at: int) -> None:
+    ran = [line for line in table.lines if not line.is_limit and isinstance(line.cells[at], Row)]
+    ran.sort(key=lambda line: _median(line, at))
+    for place, line in enumerate(ran):
+        cell = line.cells[at]
+        assert isinstance(cell, Row)
+        median = cell.summary.median
+        ends = [[median - cell.summary.minimum], [cell.summary.maximum - median]]
+        panel.barh(place, median, xerr=ends, color=_colour(line.system), height=0.72, error_kw={"lw": 0.8})
+    with_medium = table.column.medium == "memory"
+    panel.set_yticks(range(len(ran)), [f"{line.title} – {line.medium}" if with_medium else line.title for line in ran])
+    for line in table.lines:
+        if line.is_limit and isinstance(line.cells[at], Row):
+            panel.axvline(_median(line, at), color=LIMIT_COLOUR, linestyle="--", linewidth=1.0, label=line.title)
+            panel.legend(loc="lower right", fontsize="x-small", frameon=False)
+    panel.set_title(table.column.title, fontsize="medium")
+    panel.tick_params(labelsize="x-small")
+    panel.set_xlim(left=0)
+    missing = [line.title for line in table.lines if not line.is_limit and not isinstance(line.cells[at], Row)]
+    absent = f"\nnot run: {_wrapped(missing)}" if missing else ""
+    panel.set_xlabel(f"{table.column.unit}, median and range{absent}", fontsize="x-small")
+
+
+def _scalings(result: SuiteFile) -> list[tuple[str, str, list[Table]]]:
+    """Workloads whose variants are numbers of something: name, title, tables."""
+    found: dict[str, list[Table]] = {}
+    for table in tables(result):
+        counted = [leading_number(head) for head in table.heads]
+        if table.what and len(counted) > 1 and all(count is not None for count in counted):
+            found.setdefault(table.workload, []).append(table)
+    return [(name, f"Scaling: {name}", shown) for name, shown in found.items()]
+
+
+def _scaling(plot: Any, shown: Sequence[Table]) -> Any:
+    across = min(2, len(shown))
+    down = -(-len(shown) // across)
+    size = (PANEL_INCHES * 1.2 * across, PANEL_INCHES * 0.8 * down)
+    figure, panels = plot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    flat = list(panels.flat)
+    for panel, table in zip(flat, shown, strict=False):
+        counts = [leading_number(head) or 0 for head in table.heads]
+        for line in table.lines:
+            points = [(count, _median(line, at)) for at, count in enumerate(counts) if isinstance(line.cells[at], Row)]
+            if points:
+                _series(panel, points, line)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.set_ylim(bottom=0)
+        panel.set_title(f"{table.column.title}, {table.what}", fontsize="small")
+        panel.set_xlabel(table.heads[0].partition(" ")[2], fontsize="x-small")
+        panel.set_ylabel(table.column.unit, fontsize="x-small")
+        panel.tick_params(labelsize="x-small")
+        if panel.has_data():
+            panel.legend(fontsize="xx-small", frameon=False)
+    for panel in flat[len(shown) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _series(panel: Any, points: Sequence[tuple[int, float]], line: Line) -> None:
+    x, y = zip(*points, strict=True)
+    if line.is_limit:
+        panel.plot(x, y, color=LIMIT_COLOUR, linestyle="--", linewidth=1.0, label=line.title)
+    else:
+        ours = line.system.startswith("cascade")
+        panel.plot(x, y, marker="o", markersize=3, linewidth=2.0 if ours else 1.0, label=line.title)
+
+
+def _latencies(result: SuiteFile) -> list[tuple[str, int]]:
+    """Columns and block sizes at which at least one system timed single operations."""
+    found = {
+        (row.column, row.block_bytes)
+        for row in result.rows
+        if row.workload in MAIN_WORKLOADS and row.column in COLUMNS_OF_LATENCY and _quantiles(row)
+    }
+    return sorted(found, key=lambda one: (COLUMNS_OF_LATENCY.index(one[0]), one[1]))
+
+
+def _latency(plot: Any, result: SuiteFile, shown: Sequence[tuple[str, int]]) -> Any:
+    across = min(3, len(shown))
+    down = -(-len(shown) // across)
+    size = (PANEL_INCHES * across, PANEL_INCHES * 0.85 * down)
+    figure, panels = plot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    flat = list(panels.flat)
+    for panel, (column, block_bytes) in zip(flat, shown, strict=False):
+        silent: list[str] = []
+        for row in result.rows:
+            if (row.column, row.block_bytes) == (column, block_bytes) and row.workload in MAIN_WORKLOADS:
+                info = result.systems.get(row.system)
+                title = info.title if info else row.system
+                if points := _quantiles(row):
+                    width = 2.0 if row.system.startswith("cascade") else 1.0
+                    panel.plot([ms for _, ms in points], [share for share, _ in points], linewidth=width, label=title)
+                else:
+                    silent.append(title)
+        panel.set_xscale("log")
+        panel.set_title(f"{column.replace('_', ' ')}, {size_text(block_bytes)}", fontsize="small")
+        absent = f"\nin batches, not timed one by one: {_wrapped(silent)}" if silent else ""
+        panel.set_xlabel(f"milliseconds{absent}", fontsize="x-small")
+        panel.set_ylabel("share of operations", fontsize="x-small")
+        panel.tick_params(labelsize="x-small")
+        panel.legend(fontsize="xx-small", frameon=False)
+    for panel in flat[len(shown) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def _quantiles(row: Row) -> list[tuple[float, float]]:
+    """(share, milliseconds): the median over the repetitions of each quantile; empty if there are too few."""
+    shares = sorted({float(share) for sample in row.samples for share in sample.latency_ms})
+    if len(shares) < QUANTILES_MIN:
+        return []
+    found: list[tuple[float, float]] = []
+    for share in shares:
+        values = sorted(sample.latency_ms[f"{share:g}"] for sample in row.samples if f"{share:g}" in sample.latency_ms)
+        found.append((share, values[len(values) // 2]))
+    return found
+
+
+def _median(line: Line, at: int) -> float:
+    cell = line.cells[at]
+    assert isinstance(cell, Row)
+    return cell.summary.median
+
+
+def _colour(system: str) -> str:
+    return OURS_COLOUR if system.startswith("cascade") else OTHERS_COLOUR
+
+
+def _wrapped(titles: Sequence[str], a_line: int = 3) -> str:
+    rows = [", ".join(titles[start : start + a_line]) for start in range(0, len(titles), a_line)]
+    return ",\n".join(rows)
+
+
+def _slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in text.lower()).strip("-")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise CannotRunError("figures need matplotlib: pip install 'cascade_aio[bench]'") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "cascade"  # else identifiers in the file are random
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,148 @@
+"""A report as Markdown: how it was measured, what it had to show, every table with every line, every system. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.report.claims import Verdict, verdicts
+from bench.report.parts import MAIN_WORKLOADS, Line, Part, Table, tables
+from bench.suite.results import NotRun, Row, SuiteFile, SystemInfo
+from bench.table import number_text, size_text
+
+Figures = Sequence[tuple[str, str]]
+"""Title and relative path of each picture."""
+_MIB = 1 << 20
+
+
+def render(parts: Sequence[Part], figures: Sequence[Figures]) -> str:
+    """The whole report: a chapter for each part, with its figures."""
+    lines = ["# Comparison with other systems", ""]
+    for part, pictures in zip(parts, figures, strict=True):
+        lines += [f"## {', '.join(f'`{name}`' for name in part.names)}", "", how(part.result), ""]
+        lines += ["### What it has to show", "", *claim_lines(verdicts(part.result)), ""]
+        for title, path in pictures:
+            lines += [f"![{title}]({path})", ""]
+        for table in tables(part.result):
+            lines += [f"### {_capital(table.title)}", "", *table_lines(table), ""]
+        lines += ["### Systems", "", *_system_lines(part.result), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def how(result: SuiteFile) -> str:
+    """One paragraph: where, when, how often, how fairly."""
+    config = result.test_config
+    repeats = sorted({len(row.samples) for row in result.rows})
+    dirty = " with uncommitted changes" if result.dirty else ""
+    cold = (
+        "cold means synced, dropped from the page cache, checked with mincore and by the kernel's counts"
+        if config.page_cache_dropped
+        else "the page cache was not dropped"
+    )
+    return (
+        f"Measured {result.timestamp[:10]} (job {result.job_id}), kernel {result.kernel}, {result.host['cores']} cores "
+        f"({result.cpu}), {result.host['memory_bytes'] / (1 << 30):.0f} GiB, {result.file_system} on "
+        f"{result.host['device']}, {result.environment.nodes} node, {result.environment.total_ranks} rank; cascade_aio "
+        f"{result.versions.get('cascade_aio', '?')} (commit {result.commit[:12]}{dirty}). Data: {config.data}, seed "
+        f"{config.seed}, {config.in_flight} in flight. Medians (with range) of {_range_text(repeats)} repetitions, "
+        f"systems in random order; {result.verified_bytes / 1e9:.0f} GB compared byte by byte; {cold}. "
+        "A miss or a wrong byte ends the run. CPU seconds are of clients and servers together."
+    )
+
+
+def claim_lines(found: Sequence[Verdict]) -> list[str]:
+    """The claims as a table, in their order."""
+    lines = [
+        "| what | against | block | cascade | best of them | ratio (min–max) | target | |",
+        "| --- | --- | ---: | ---: | --- | --- | --- | --- |",
+    ]
+    for verdict in found:
+        claim = verdict.claim
+        unit = "CPU s/GB" if claim.of == "cpu" else "GB/s"
+        what = {"write_durable": "write, durable", "write_volatile": "write, readable"}.get(claim.column, claim.column)
+        cells = [f"{what}, {unit}", claim.than, size_text(verdict.block_bytes)]
+        if verdict.ratio is None or verdict.ours is None or verdict.theirs is None:
+            cells += ["", verdict.reason, "", f"≥ {claim.factor:g}", ""]
+        else:
+            ratio = verdict.ratio
+            cells += [
+                number_text(verdict.ours),
+                f"{number_text(verdict.theirs)} ({verdict.other})",
+                f"**{number_text(ratio.median)}** ({number_text(ratio.minimum)}–{number_text(ratio.maximum)})",
+                f"≥ {claim.factor:g}",
+                "✓" if verdict.met else "✗ lost",
+            ]
+        lines.append("| " + " | ".join(_safe(cell) for cell in cells) + " |")
+    return lines
+
+
+def table_lines(table: Table, *, brief: bool = False) -> list[str]:
+    """A table; ``brief``: medians only."""
+    with_medium = table.column.medium == "memory"
+    head = ["system", *(["memory"] if with_medium else []), *table.heads]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " --- |" * with_medium + " ---: |" * len(table.heads)]
+    for line in table.lines:
+        front = [line.title, *([line.medium] if with_medium else [])]
+        lines.append("| " + " | ".join(_safe(cell) for cell in [*front, *_cells(table, line, brief)]) + " |")
+    unit = f"{table.column.unit}, {table.column.better} is better"
+    cost = "" if brief or table.column.unit != "GB/s" else "; CPU s/GB and peak MiB behind"
+    return [*lines, "", f"{_capital(unit)}{cost}; the best system of each column in bold."]
+
+
+def _cells(table: Table, line: Line, brief: bool) -> list[str]:
+    if not line.ran():
+        return [f"not run: {line.reason()}", *([""] * (len(table.heads) - 1))]
+    most = [
+        max((cell.blocks for other in table.lines if isinstance(cell := other.cells[at], Row)), default=0)
+        for at in range(len(table.heads))
+    ]
+    return [_cell(cell, table.best(at), most[at], brief, line.is_limit) for at, cell in enumerate(line.cells)]
+
+
+def _cell(cell: Row | NotRun | None, best: float | None, most_blocks: int, brief: bool, is_limit: bool) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, NotRun):
+        return f"{'failed' if cell.failed else 'not run'}: {cell.reason}"
+    summary = cell.summary
+    median = number_text(summary.median)
+    text = f"**{median}**" if not is_limit and summary.median == best else median
+    if not brief:
+        text += f" ({number_text(summary.minimum)}–{number_text(summary.maximum)})"
+        if cell.cpu_s_per_gb is not None:
+            text += f"; {number_text(cell.cpu_s_per_gb.median)}; {cell.peak_bytes / _MIB:.0f}"
+    return text if cell.blocks == most_blocks else f"{text}, {cell.blocks} blocks"
+
+
+def _system_lines(result: SuiteFile) -> list[str]:
+    lines = ["| system | version | module | durable means | set how | not |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, info in result.systems.items():
+        version = "; server ".join(text for text in (info.version, info.server) if text)
+        cells = [f"{info.title} (`{name}`)", version, f"`{info.module}`", info.durability, info.tuning, _lacks(info)]
+        lines.append("| " + " | ".join(_safe(cell) for cell in cells) + " |")
+    return lines
+
+
+def _lacks(info: SystemInfo) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in info.lacks.items())
+
+
+def brief_lines(part: Part) -> list[str]:
+    """The claims and the main tables with medians only, for the README."""
+    lines = [*claim_lines(verdicts(part.result)), ""]
+    for table in tables(part.result, MAIN_WORKLOADS):
+        lines += [f"**{_capital(table.title)}**", "", *table_lines(table, brief=True), ""]
+    return [*lines, how(part.result)]
+
+
+def _safe(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _range_text(counts: Sequence[int]) -> str:
+    if not counts:
+        return "no"
+    return f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
