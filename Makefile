@@ -4,9 +4,11 @@
 #   make crash    kill writers at random, KILLS=200 times, and check what is left; FILE_SYSTEM=here|ext4|xfs|all
 #   make simulate   run SEEDS=200 simulated worlds and check every promise; FIRST=0, WORKERS=1, OUT=result file
 #   make fuzz     throw bytes at every parser for SECONDS=60
+#   make e2e-vllm   the tests with a real vLLM, installed into build/vllm-env (3 GB) or VLLM_ENV=...
+#   make ttft     time to first token of vLLM, and LMCache's rates, ours beside the others'; RUNS=5
 #   make build    (re)build after changing c/
 # PYTHON=... chooses the interpreter of a new .venv; ARGS=... is passed on.
-.PHONY: help setup build demo test bench crash simulate wheel lint clean
+.PHONY: e2e-vllm ttft help setup build demo test bench crash simulate wheel lint clean
 .DEFAULT_GOAL := help
 export PYTHON
 
@@ -38,6 +40,14 @@ simulate: OUT ?= bench/results/reliability/simulation.json
 simulate: setup
 	@.venv/bin/python -m cascade_aio.testing.simulation run --seeds $(SEEDS) --first $(FIRST) --workers $(WORKERS) \
 		--out $(OUT) $(ARGS)
+
+e2e-vllm: setup
+	@scripts/e2e_vllm.sh $(ARGS)
+
+ttft: RUNS ?= 5
+ttft: setup
+	@vllm=$$(scripts/server_env.sh vllm) && lmcache=$$(scripts/server_env.sh lmcache) && \
+		.venv/bin/python -m bench.inference run --vllm "$$vllm" --lmcache "$$lmcache" --runs $(RUNS) $(ARGS)
 
 fuzz: SECONDS ?= 60
 fuzz: setup

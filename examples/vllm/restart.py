@@ -12,6 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -45,43 +46,38 @@ def make_model(directory: Path, layers: int, hidden: int) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(directory)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="directory of the store")
-    parser.add_argument("--model", required=True, help="directory of a model; a random one is made if it is empty")
-    parser.add_argument("--tokens", type=int, default=512, help="length of the prompt")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--tier", default="CascadeTier", choices=["CascadeTier", "fs", "none"])
-    parser.add_argument("--requests", type=int, default=1, help="how many different prompts")
-    arguments = parser.parse_args()
-    make_model(Path(arguments.model), arguments.layers, arguments.hidden)
-    tiers = {
-        "CascadeTier": {
-            "type": "CascadeTier",
-            "module_path": "cascade_aio.integrations.vllm",
-            "root": arguments.root,
-            "shm_bytes": "256MiB",
-        },
-        "fs": {"type": "fs", "root_dir": arguments.root},
-    }
+TIERS = ("CascadeTier", "fs", "none")
 
-    from vllm import LLM, SamplingParams
-    from vllm.config import KVTransferConfig
 
-    transfer = KVTransferConfig(
-        kv_connector="OffloadingConnector",
-        kv_role="kv_both",
-        kv_connector_extra_config={
+def tier_settings(tier: str, root: str) -> dict[str, Any]:
+    """One entry of ``secondary_tiers``."""
+    if tier == "fs":
+        return {"type": "fs", "root_dir": root}
+    return {"type": tier, "module_path": "cascade_aio.integrations.vllm", "root": root, "shm_bytes": "256MiB"}
+
+
+def transfer_settings(tier: dict[str, Any]) -> dict[str, Any]:
+    """``kv-transfer-config`` of an engine on a CPU with ``tier`` behind the primary one."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
             "spec_name": "CpuTieringSpec",
             "spec_module_path": "cpu_spec",
             "cpu_bytes_to_use": 512 << 20,
             "block_size": BLOCK_TOKENS,
-            "secondary_tiers": [tiers[arguments.tier]],
+            "secondary_tiers": [tier],
         },
-    )
+    }
+
+
+def make_engine(model: str, transfer: dict[str, Any] | None) -> Any:
+    """vLLM's ``LLM``, warmed up with a prompt that is not ours; ``transfer`` is its ``kv-transfer-config``."""
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
     engine = LLM(
-        model=arguments.model,
+        model=model,
         skip_tokenizer_init=True,
         enforce_eager=True,
         dtype="float32",
@@ -89,20 +85,44 @@ def main() -> None:
         block_size=BLOCK_TOKENS,
         max_model_len=8192,
         disable_log_stats=False,
-        kv_transfer_config=None if arguments.tier == "none" else transfer,
+        kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
     )
+    ask(engine, [7] * 64)
+    return engine
+
+
+def prompt_of(tokens: int, seed: int = 0) -> list[int]:
+    return [(number * 7919 + 13 + seed * 104729) % 31991 for number in range(tokens)]
+
+
+def ask(engine: Any, prompt: list[int]) -> dict[str, Any]:
+    """Greedy tokens and how long they took, in seconds."""
+    from vllm import SamplingParams
+
     greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
-    engine.generate([{"prompt_token_ids": [7] * 64}], greedy, use_tqdm=False)  # warms up, not our prompt
-    prompt = [(number * 7919 + 13) % 31991 for number in range(arguments.tokens)]
     start = time.perf_counter()
     output = engine.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0]
-    seconds = time.perf_counter() - start
-    result = {
+    return {
         "tokens": list(output.outputs[0].token_ids),
         "cached_tokens": output.num_cached_tokens,
         "first_token_s": output.metrics.first_token_latency,
-        "request_s": round(seconds, 4),
+        "request_s": round(time.perf_counter() - start, 4),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="directory of the store")
+    parser.add_argument("--model", required=True, help="directory of a model; a random one is made if it is empty")
+    parser.add_argument("--tokens", type=int, default=512, help="length of the prompt")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--tier", default="CascadeTier", choices=TIERS)
+    arguments = parser.parse_args()
+    make_model(Path(arguments.model), arguments.layers, arguments.hidden)
+    transfer = None if arguments.tier == "none" else transfer_settings(tier_settings(arguments.tier, arguments.root))
+    engine = make_engine(arguments.model, transfer)
+    result = ask(engine, prompt_of(arguments.tokens))
     engine.llm_engine.engine_core.shutdown()
     print(json.dumps(result))
 
