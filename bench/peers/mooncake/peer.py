@@ -40,6 +40,8 @@ from bench.peers.protocol import (
 
 PACKAGE = "mooncake-transfer-engine-non-cuda"
 VERSION = "0.3.13.post1"
+SEGMENT_STEP_BYTES = 64 << 20
+"""Mooncake refuses segments that are no multiple of its allocator's chunks (error -600)."""
 LOCAL_BUFFER_BYTES = 64 << 20
 """For calls that are not zero-copy; none is made."""
 OFFLOAD_BUFFER_BYTES = 512 << 20
@@ -96,7 +98,7 @@ class MooncakePeer(BlockingPeer):
                 MOONCAKE_OFFLOAD_USE_URING="1",
             )
             options = {"enable_ssd_offload": True, "ssd_offload_path": str(self._folder)}
-        segment_bytes = settings.memory_bytes
+        segment_bytes = -(-settings.memory_bytes // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES
         if settings.endpoint is None:
             self._server_version = servers.master_version(programs)
             master, self._master = servers.start_master(programs, offload=self._ssd)
