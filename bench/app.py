@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench run`` and ``python -m bench table``."""
+"""The command line: ``python -m bench run``, ``table``, and those of the comparison (``bench.suite.commands``)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from bench.machine import REPOSITORY
 from bench.mpi import app as mpi
 from bench.results import BenchError
 from bench.scale import FULL, QUICK, REPEATS_MIN
+from bench.suite import commands
 
 RESULTS = REPOSITORY / "bench" / "results"
 SEED = 20_240_229
+MAIN_WORKLOADS = "write,hot,cold"
 
 FAMILY_GROUPS = {
     "prefetch": "prefetch",
@@ -32,6 +34,9 @@ FAMILY_GROUPS = {
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(mpi.app, name="mpi")
+app.command()(commands.install)
+app.command()(commands.conform)
+app.command()(commands.generate)
 
 
 @app.command()
@@ -48,8 +53,38 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of all block bytes.")] = SEED,
     io_backend: Annotated[str, typer.Option(help="auto, uring or threads.")] = "auto",
     quick: Annotated[bool, typer.Option(help="A few MiB, for tests: numbers mean nothing; needs --out.")] = False,
+    systems: Annotated[
+        str, typer.Option(help="Compare systems (bench/peers) instead: names separated by commas, or all.")
+    ] = "",
+    workloads: Annotated[str, typer.Option(help="With --systems: names separated by commas, or all.")] = MAIN_WORKLOADS,
+    block_size: Annotated[str, typer.Option(help="With --systems: block sizes separated by commas.")] = "80MiB",
+    blocks: Annotated[
+        int | None, typer.Option(min=2, help="With --systems: blocks per repetition; default: 512 MiB of them.")
+    ] = None,
+    temperature: Annotated[str, typer.Option(help="With --systems: hot, cold or both.")] = "hot,cold",
+    in_flight: Annotated[int, typer.Option(min=1, help="With --systems: operations at once.")] = commands.IN_FLIGHT,
+    data: Annotated[pathlib.Path | None, typer.Option(help="With --systems: folder of `generate`.")] = None,
+    trace: Annotated[pathlib.Path | None, typer.Option(help="With --systems: file of the workload trace.")] = None,
 ) -> None:
     """Measure, next to each other, the store and the limits of the machine; goes on where it was stopped."""
+    if systems:
+        commands.run_systems(
+            systems=systems,
+            workloads=workloads,
+            block_sizes=block_size,
+            blocks=blocks,
+            temperatures=temperature,
+            repeats=repeats,
+            in_flight=in_flight,
+            seed=seed,
+            data=data,
+            trace=trace,
+            directory=directory,
+            out=out,
+            quick=quick,
+            command=["python", "-m", "bench", *_published(sys.argv[1:])],
+        )
+        return
     console = Console(stderr=True)
     scale = QUICK if quick else FULL
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` and job systems end us like Ctrl-C

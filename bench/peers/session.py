@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from bench.data import scratch_memory
-from bench.peers import driving, meters
+from bench.peers import driving, meters, replaying
 from bench.peers.catalog import make_peer
 from bench.peers.content import Source
 from bench.peers.protocol import CannotRunError, Description, Job, PeerError, Settings
@@ -102,22 +102,22 @@ class Session:
         for number, stamp in enumerate(stamps):
             self.source.stamp(stamp)
             jobs = [Job(self.source.name(stamp, index), self.source.block(index)) for index in range(count)]
-            with self._counted(measure):
+            with self.counted(measure):
                 ran = await driving.put_all(self.peer, jobs, in_flight)
                 if flush and number == len(stamps) - 1:
                     await driving.call(self.peer, "flush")
                     ran.ended_s = driving.clock()
-            self._add(measure, ran, count)
+            self.add(measure, ran, count)
         return self._finish(measure)
 
     async def flush(self) -> Measure:
         """Time of a flush alone."""
         measure = self._start()
-        with self._counted(measure):
+        with self.counted(measure):
             began_s = driving.clock()
             await driving.call(self.peer, "flush")
             ran = driving.Ran(began_s, driving.clock(), [], [])
-        self._add(measure, ran, 0)
+        self.add(measure, ran, 0)
         return self._finish(measure)
 
     async def get(self, stamps: Sequence[int], count: int, in_flight: int, *, via: Via, expect: Expect) -> Measure:
@@ -125,15 +125,15 @@ class Session:
         measure = self._start()
         for stamp in stamps:
             self.source.stamp(stamp)
-            jobs = [Job(self.source.name(stamp, index), self._room(index)) for index in range(count)]
+            jobs = [Job(self.source.name(stamp, index), self.room(index)) for index in range(count)]
             async with contextlib.AsyncExitStack() as held:
-                with self._counted(measure):
+                with self.counted(measure):
                     if via == "lease":
                         ran = await driving.lease_all(self.peer, jobs, in_flight, held)
                     else:
                         ran = await driving.get_all(self.peer, jobs, in_flight)
                 pieces = ran.results if via == "lease" else [[one] for one in ran.results]
-                self._add(measure, ran, count, own_bytes=_own_bytes(pieces, via))
+                self.add(measure, ran, count, own_bytes=_own_bytes(pieces, via))
                 measure.verified_bytes += self._compare(stamp, range(count), pieces)
                 del ran, pieces
         self._check_temperature(measure, expect)
@@ -153,14 +153,20 @@ class Session:
                 taken.append(None)
             else:
                 index = reads[number - done_writes]
-                jobs.append((False, Job(self.source.name(stamp, index), self._room(number))))
+                jobs.append((False, Job(self.source.name(stamp, index), self.room(number))))
                 taken.append(index)
-        with self._counted(measure):
+        with self.counted(measure):
             ran = await driving.mix(self.peer, jobs, in_flight)
-        self._add(measure, ran, len(jobs))
+        self.add(measure, ran, len(jobs))
         for read, found in zip(taken, ran.results, strict=True):
             if read is not None:
                 measure.verified_bytes += self._compare(stamp, [read], [[found]])
+        return self._finish(measure)
+
+    async def replay(self, requests: Sequence[Sequence[int]], in_flight: int) -> Measure:
+        """Requests of an inference server, one after the other; see ``replaying``."""
+        measure = self._start()
+        await replaying.replay(self, measure, requests, in_flight)
         return self._finish(measure)
 
     async def contains(self, stamp: int, indices: Sequence[int]) -> list[bool]:
@@ -179,7 +185,8 @@ class Session:
         meters.drop_page_cache(files)
         return meters.allocated_bytes(files)
 
-    def _room(self, index: int) -> memoryview:
+    def room(self, index: int) -> memoryview:
+        """Where block ``index`` is to be read into."""
         return self._target[index * self.source.block_bytes : (index + 1) * self.source.block_bytes]
 
     def _start(self) -> Measure:
@@ -187,7 +194,7 @@ class Session:
         return Measure()
 
     @contextlib.contextmanager
-    def _counted(self, measure: Measure) -> Any:
+    def counted(self, measure: Measure) -> Any:
         """CPU, storage and peak memory of what runs inside are added to ``measure``."""
         processes = self.peer.processes()
         meters.reset_peaks(processes)
@@ -199,7 +206,8 @@ class Session:
         measure.written_bytes += used.written_bytes
         measure.peak_bytes = max(measure.peak_bytes, meters.peak_bytes(processes) - self._baseline_bytes)
 
-    def _add(self, measure: Measure, ran: driving.Ran, operations: int, own_bytes: int = 0) -> None:
+    def add(self, measure: Measure, ran: driving.Ran, operations: int, own_bytes: int = 0) -> None:
+        """Take down a batch of whole blocks."""
         measure.began_s = measure.began_s or ran.began_s
         measure.ended_s = ran.ended_s
         measure.seconds += ran.ended_s - ran.began_s

@@ -3,7 +3,8 @@
 The head has the fields that the issue of this suite asks for (``job_id`` … ``results``), so that files of several
 machines can be laid side by side; ``rows`` is what it is computed from. A row is one line of one table: a workload, a
 column (a medium and a promise), a system, a block size and a variant (such as ``4 clients``), with one sample per
-repetition. Columns of different media or durability are never merged. A system that did not run is a ``NotRun`` under the same key. No host name and no absolute path is written. Knows no system and no workload.
+repetition. Columns of different media or durability are never merged. A system that did not run is a ``NotRun``
+under the same key. No host name and no absolute path is written. Knows no system and no workload.
 """
 
 from __future__ import annotations

@@ -25,7 +25,11 @@ START_SECONDS_MAX = 120.0
 END_SECONDS_MAX = 60.0
 POLL_SECONDS = 0.02
 OVERHEAD = 1.5
-"""Redis counts its own bookkeeping and fragmentation as memory of the data."""
+"""Redis counts its own bookkeeping and rounding up of values as memory of the data …"""
+FLOOR_BYTES = 64 << 20
+"""… and what it needs when empty, and …"""
+BUFFERS = 4
+"""… buffers of clients, so many blocks for each operation in flight."""
 
 
 class RedisServer:
@@ -93,7 +97,7 @@ class RedisServer:
             "appendonly": "yes" if self.append_only else "no",
             "appendfsync": "everysec",
             "auto-aof-rewrite-percentage": "0",
-            "maxmemory": str(int(settings.memory_bytes * OVERHEAD)),
+            "maxmemory": str(_allowance(settings)),
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
             "logfile": LOG,
@@ -127,3 +131,9 @@ class RedisServer:
         if self._process is not None and told["process_id"] != self._process.pid:
             raise PeerError(f"process {told['process_id']} answers, and not the redis-server that was started")
         self.version = str(told["redis_version"])
+
+
+def _allowance(settings: Settings) -> int:
+    """``maxmemory`` such that ``memory_bytes`` of blocks fit."""
+    buffers = BUFFERS * settings.in_flight_max * settings.block_bytes
+    return int(settings.memory_bytes * OVERHEAD) + FLOOR_BYTES + buffers
