@@ -30,12 +30,19 @@ class Call(Generic[T]):
     def __init__(self, operation: Operation[T], loop: asyncio.AbstractEventLoop) -> None:
         self.operation = operation
         self.outcome: asyncio.Future[T] = loop.create_future()
+        self.outcome.add_done_callback(_heard)
         self.settled: asyncio.Future[None] = loop.create_future()
         self.abandoned = False
 
     def abandon(self) -> None:
         """Nobody wants the outcome: no further command is issued. ``settled`` comes all the same."""
         self.abandoned = True
+
+
+def _heard(outcome: asyncio.Future[T]) -> None:
+    """A failure that nobody waits for any more, because its caller was cancelled, is not worth a complaint."""
+    if not outcome.cancelled():
+        outcome.exception()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import asyncio
 import atexit
 import collections
 import contextlib
+import gc
 import logging
 import os
 import threading
@@ -199,6 +200,10 @@ class MpiGroup:
             await asyncio.to_thread(self._thread.join, CLOSE_SECONDS_MAX)
         else:
             atexit.register(self._at_exit)
+            if self._arena is not None and self._arena() is not None:
+                # Reads that failed or were cancelled leave cycles (task, exception, frame) with views of the arena;
+                # until a collection finds them, this rank would not leave, and all others would wait for it.
+                await asyncio.to_thread(gc.collect)
             self._send(self._leave)
             await asyncio.to_thread(self._freed.wait, CLOSE_SECONDS_MAX)
         self._deliver()
