@@ -90,6 +90,10 @@ class StoreConfig:
     """Directory of the segment files; may be shared between processes and nodes."""
     shm_bytes: int = GIB
     """Size of the arena, reserved at open."""
+    gpu_bytes: int | None = None
+    """Size of the arena in the memory of each of ``gpu_devices``; ``None``: no GPU tier, and CUDA is never touched."""
+    gpu_devices: tuple[int, ...] = (0,)
+    """Devices with an arena, as CUDA counts them; text such as ``"0,1"`` and a single number will do."""
     disk_bytes: int | None = None
     """Budget of the segment files of this writer, never exceeded; ``None``: what the file system has."""
     when_full: Literal["evict", "refuse"] = "evict"
@@ -162,6 +166,7 @@ class _Range:
 
 _RANGES = {
     "shm_bytes": _Range(SHM_BYTES_MIN, SIZE_BYTES_MAX, ALIGNMENT_BYTES, size=True),
+    "gpu_bytes": _Range(MIB, SIZE_BYTES_MAX, ALIGNMENT_BYTES, optional=True, size=True),
     "disk_bytes": _Range(MIB, SIZE_BYTES_MAX, optional=True, size=True),
     "compaction_bandwidth": _Range(0, SIZE_BYTES_MAX, size=True),
     "segment_bytes": _Range(MIB, 64 * GIB, ALIGNMENT_BYTES, size=True),
@@ -202,6 +207,7 @@ def validate_config(config: StoreConfig) -> None:
     if not os.path.isabs(config.shm_dir):
         raise ConfigError(f"shm_dir={config.shm_dir!r} must be an absolute path, usually /dev/shm")
     _validate_arena(config.arena)
+    _validate_devices(config.gpu_devices)
     for name, allowed in _CHOICES.items():
         if getattr(config, name) not in allowed:
             raise ConfigError(f"{name}={getattr(config, name)!r} is unknown; use one of {', '.join(allowed)}")
@@ -226,6 +232,12 @@ def _validate_arena(name: object) -> None:
         raise ConfigError(f"arena={name!r} must be a file name without slashes; shm_dir sets its directory")
     if len(os.fsencode(name)) > ARENA_NAME_BYTES_MAX:
         raise ConfigError(f"arena={name[:40]!r}… is longer than {ARENA_NAME_BYTES_MAX} bytes; choose a shorter name")
+
+
+def _validate_devices(devices: object) -> None:
+    numbers = devices if isinstance(devices, tuple) else ()
+    if not numbers or len(set(numbers)) < len(numbers) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ConfigError(f"gpu_devices={devices!r:.100} must be numbers of devices, each once, such as '0' or '0,1'")
 
 
 def _validate_number(name: str, number: Any, limits: _Range) -> None:
@@ -255,6 +267,8 @@ def coerce_setting(name: str, setting: Any) -> Any:
     limits = _RANGES.get(name)
     if isinstance(setting, os.PathLike):
         return os.fspath(setting)
+    if name == "gpu_devices":
+        return _coerce_devices(setting)
     if limits is None or not isinstance(setting, str):
         return setting
     if limits.optional and setting.strip().lower() == "none":
@@ -266,6 +280,16 @@ def coerce_setting(name: str, setting: Any) -> Any:
         return float(setting) if limits.unit else int(setting)
     except ValueError:
         return setting
+
+
+def _coerce_devices(setting: Any) -> Any:
+    """A tuple of numbers, from a sequence, one number, or text as people and ``str`` write them."""
+    if isinstance(setting, str):
+        words = setting.strip().strip("()[]").replace(",", " ").split()
+        return tuple(int(word) for word in words) if all(word.isdecimal() for word in words) else setting
+    if isinstance(setting, int):
+        return (setting,)
+    return tuple(setting) if isinstance(setting, list) else setting
 
 
 def check_keys(keys: Iterable[str], source: str) -> None:

@@ -98,6 +98,18 @@ def test_a_wrong_setting_is_named_with_its_cure(options: Any, message: Any) -> N
         make_config(**{"root": "/r", **options})
 
 
+@pytest.mark.parametrize("given", [(0, 1), [0, 1], "0,1", "0 1", "(0, 1)"])
+def test_devices_are_written_in_several_ways(given: Any) -> None:
+    assert make_config("/r", gpu_bytes="1MiB", gpu_devices=given).gpu_devices == (0, 1)
+    assert make_config("/r", gpu_devices=2).gpu_devices == (2,)
+
+
+@pytest.mark.parametrize("given", ["", "a", "-1", (), (0, 0), (True,), -1, None, 1.5])
+def test_what_are_no_devices(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"gpu_devices=.*each once"):
+        make_config("/r", gpu_devices=given)
+
+
 def test_sizes_in_text_are_rounded_down_to_the_alignment_of_their_key() -> None:
     assert make_config("/r", shm_bytes="1GB").shm_bytes == 1_000_000_000 // 4096 * 4096
     assert make_config("/r", disk_bytes="1GB").disk_bytes == 1_000_000_000

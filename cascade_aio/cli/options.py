@@ -38,6 +38,8 @@ from cascade_aio.tiers.arena import PrivateArena
 SETTING_HELP = {
     "root": "Directory of the segment files.",
     "shm_bytes": "Size of the arena, such as 64GiB.",
+    "gpu_bytes": "Size of the arena in the memory of each GPU; none: no GPU.",
+    "gpu_devices": "GPUs with an arena, such as 0,1.",
     "disk_bytes": "Budget of the segment files, such as 1TiB; none: what is free.",
     "when_full": "evict or refuse: what a file system without room leads to.",
     "compaction_bandwidth": "Bytes per second that compaction copies; 0: none.",
@@ -98,6 +100,8 @@ def _default_of(key: str) -> str:
         return ""
     if isinstance(default, bool):
         shown = "on" if default else "off"
+    elif isinstance(default, tuple):
+        shown = ",".join(map(str, default))
     elif "bytes" in key or key.endswith("bandwidth"):
         shown = format_size(default)
     else:

@@ -1,6 +1,7 @@
 """The embedded store: one event loop decides, others carry bytes. ``open_store`` is the way in."""
 
 from cascade_aio.store.block import Block
+from cascade_aio.store.device_block import DeviceArray, DeviceBlock
 from cascade_aio.store.getting import PrefixLookup
 from cascade_aio.store.opening import open_store
 from cascade_aio.store.prefetching import PrefetchHandle, PrefetchProgress
@@ -14,6 +15,8 @@ __all__ = [
     "Block",
     "BlockInfo",
     "BlockStream",
+    "DeviceArray",
+    "DeviceBlock",
     "PrefetchHandle",
     "PrefetchProgress",
     "PrefixLookup",

@@ -240,11 +240,7 @@ class Block:
         Both parts must be a multiple of ``count`` bytes: else ``ConfigError``. Errors as ``ready``.
         """
         copy = self._leased()
-        if count < 1 or copy.key_bytes % count or copy.value_bytes % count:
-            raise ConfigError(
-                f"key and value of {copy.key_bytes} and {copy.value_bytes} bytes are not {count} equal layers"
-            )
-        key_bytes, value_bytes = copy.key_bytes // count, copy.value_bytes // count
+        key_bytes, value_bytes = layer_sizes(copy.key_bytes, copy.value_bytes, count)
         for layer in range(count):
             key = await self.ready("key", layer * key_bytes, (layer + 1) * key_bytes)
             value = await self.ready("value", layer * value_bytes, (layer + 1) * value_bytes)
@@ -324,6 +320,13 @@ class Block:
         )
 
 
+def layer_sizes(key_bytes: int, value_bytes: int, count: int) -> tuple[int, int]:
+    """Bytes of key and of value in one of ``count`` equal layers. Raises ``ConfigError`` if there is no such number."""
+    if count < 1 or key_bytes % count or value_bytes % count:
+        raise ConfigError(f"key and value of {key_bytes} and {value_bytes} bytes are not {count} equal layers")
+    return key_bytes // count, value_bytes // count
+
+
 async def _arrived(copy: LeasedCopy, start: int, stop: int) -> None:
     """Return once bytes ``start`` up to ``stop`` of the payload may be looked at."""
     if copy.arrival is not None:
@@ -336,7 +339,7 @@ class Survivors:
 
     __slots__ = ("_armed", "_copy", "_count", "_lender", "_number")
 
-    def __init__(self, copy: LeasedCopy, lender: Lender, number: int) -> None:
+    def __init__(self, copy: object, lender: Lender, number: int) -> None:
         self._copy = copy
         self._lender = lender
         self._number = number

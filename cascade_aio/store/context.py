@@ -33,6 +33,7 @@ from cascade_aio.tiers.stalls import in_progress
 
 if TYPE_CHECKING:
     from cascade_aio.store.adopting import Adopter
+    from cascade_aio.store.devices import Devices
     from cascade_aio.store.remoting import Sharing
     from cascade_aio.store.scrubbing import Scrubber
 
@@ -175,6 +176,8 @@ class StoreContext:
     """Of a store that keeps its arena (``warm_restart``)."""
     sharing: Sharing | None = None
     """Of a store with a communicator."""
+    devices: Devices | None = None
+    """Of a store with ``gpu_bytes``."""
     rewarmed: RewarmReport = dataclasses.field(default_factory=RewarmReport)
     prefaulted: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     store_id: bytes = b""

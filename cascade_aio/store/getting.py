@@ -206,12 +206,16 @@ class Getter:
     def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
         """How many leading keys are cached and where. No I/O, no lease: it may change at the next await."""
         self._context.check()
+        devices = self._context.devices
         tiers: list[Tier] = []
         for key in keys:
             row = self.find_prefix(key)
             if row < 0:
                 break
-            tiers.append(Tier.SHM if self._catalog.is_in_arena(row) else Tier.DISK)
+            if devices is not None and devices.holds(row):
+                tiers.append(Tier.GPU)
+            else:
+                tiers.append(Tier.SHM if self._catalog.is_in_arena(row) else Tier.DISK)
         if self._context.sharing is not None:
             return LookupAcrossRanks.of(tuple(tiers), self, keys)
         return PrefixLookup(tuple(tiers))

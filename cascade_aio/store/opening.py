@@ -36,6 +36,7 @@ from cascade_aio.store.adopting import Adopter
 from cascade_aio.store.catalog import Catalog, Copy
 from cascade_aio.store.closing import run_all
 from cascade_aio.store.context import StoreContext, TaskScope
+from cascade_aio.store.devices import Devices, OpenDriver
 from cascade_aio.store.getting import Getter
 from cascade_aio.store.lending import LeaseDesk
 from cascade_aio.store.prefetching import Prefetcher
@@ -51,6 +52,7 @@ from cascade_aio.tiers.arena import Arena, PrivateArena, SharedArena, open_arena
 from cascade_aio.tiers.directory import ArenaDirectory
 from cascade_aio.tiers.directory_format import DirectoryIdentity
 from cascade_aio.tiers.disk import DiskTier
+from cascade_aio.tiers.gpu.cuda import open_device
 from cascade_aio.tiers.remote.group import RmaGroup
 from cascade_aio.tiers.remote.mpi_group import MpiGroup
 from cascade_aio.tiers.shm import ShmTier
@@ -153,6 +155,7 @@ async def open_with(
     platform: Platform | None = None,
     arena: Arena | None = None,
     group: RmaGroup | None = None,
+    open_driver: OpenDriver = open_device,
 ) -> Store:
     """``open_store`` for a given world, which is closed with the store. For tests and simulations."""
     undo = _Unwinding()
@@ -160,7 +163,7 @@ async def open_with(
     try:
         if joining is not None:
             arena = await joining.arena(undo.push)
-        return await _open(config, undo, platform, arena, joining)
+        return await _open(config, undo, platform, arena, joining, open_driver)
     except BaseException as error:
         if joining is not None:
             await joining.give_up(error)
@@ -170,7 +173,12 @@ async def open_with(
 
 
 async def _open(
-    config: StoreConfig, undo: _Unwinding, platform: Platform | None, arena: Arena | None, joining: Joining | None
+    config: StoreConfig,
+    undo: _Unwinding,
+    platform: Platform | None,
+    arena: Arena | None,
+    joining: Joining | None,
+    open_driver: OpenDriver,
 ) -> Store:
     config = _fitted(config)
     if platform is None:
@@ -244,8 +252,11 @@ async def _open(
     space = SpaceKeeper(context, root, claim)
     if not config.read_only:
         background.spawn(space.run(), "cascade-space")
+    devices = Devices(context, getter)
+    undo.push(devices.close)  # after the tasks, which use them
     undo.push(context.tasks.close)
     undo.push_sync(prefetcher.close)
+    await devices.open(policy, open_driver)
     if isinstance(arena, SharedArena) and arena.directory is not None:
         await _publish(context, arena, arena.directory, empty_because)
     context.tasks.spawn(_prefault(context), "cascade-prefault")

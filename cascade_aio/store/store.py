@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, overload
 
 from cascade_aio.abc.storage import ByteEngine
 from cascade_aio.config import parse_size
@@ -15,6 +15,8 @@ from cascade_aio.store.adopting import AdoptionReport
 from cascade_aio.store.block import Block, BlockSource, GetRequest, LeaseT, Readiness, is_early
 from cascade_aio.store.closing import close_store
 from cascade_aio.store.context import StoreContext
+from cascade_aio.store.device_block import DeviceBlock, stream_handle
+from cascade_aio.store.devices import Devices, DeviceSource
 from cascade_aio.store.getting import Getter, PrefixLookup
 from cascade_aio.store.prefetching import Prefetcher, PrefetchHandle, PrefetchPriority
 from cascade_aio.store.putting import Putter, ReserveRequest
@@ -129,7 +131,22 @@ class Store:
         """For the layers above: not part of the interface that stores and clients share."""
         return StoreParts(self._context, self._getter, self._putter)
 
-    def get(self, name: BlockId | PrefixKey | str, *, ready: Readiness = "whole") -> GetRequest:
+    @overload
+    def get(self, name: BlockId | PrefixKey | str, *, ready: Readiness = "whole") -> GetRequest: ...
+
+    @overload
+    def get(
+        self, name: BlockId | PrefixKey | str, *, ready: Readiness = "whole", device: int, stream: object = None
+    ) -> GetRequest[DeviceBlock]: ...
+
+    def get(
+        self,
+        name: BlockId | PrefixKey | str,
+        *,
+        ready: Readiness = "whole",
+        device: int | None = None,
+        stream: object = None,
+    ) -> GetRequest | GetRequest[DeviceBlock]:
         """A lease on a block: ``async with store.get(h) as block`` or ``block = await store.get(h)``.
 
         In the arena: no copy, no suspension, microseconds. On disk: one verified read into the arena,
@@ -141,16 +158,49 @@ class Store:
         With ``ready="first-bytes"`` the lease is given while the block is still being read, as soon as its
         header and first bytes are verified: ``await block.ready("key", start, stop)`` and ``block.layers(n)``
         give its bytes as they arrive, the first of key and value first; errors of the rest come from there.
-        """
-        return GetRequest(self._getter, name, early=is_early(ready))
 
-    def get_prefix(self, keys: Sequence[PrefixKey]) -> PrefixRequest:
+        With ``device`` the lease is a ``DeviceBlock`` in that device's memory. Given a ``stream``, it comes as soon
+        as the copies are enqueued: what is enqueued in the stream from then on finds the bytes, and what is
+        enqueued there before ``release`` may use them. Without, the bytes are there, and their use has ended before
+        ``release``. Also raises ``BrokenTierError`` (the device is lost; the store goes on without it).
+        """
+        if device is None:
+            return GetRequest(self._getter, name, early=is_early(ready))
+        return GetRequest(self._on_device(device, stream), name, early=is_early(ready))
+
+    @overload
+    def get_prefix(self, keys: Sequence[PrefixKey]) -> PrefixRequest: ...
+
+    @overload
+    def get_prefix(
+        self, keys: Sequence[PrefixKey], *, device: int, stream: object = None
+    ) -> PrefixRequest[DeviceBlock]: ...
+
+    def get_prefix(
+        self, keys: Sequence[PrefixKey], *, device: int | None = None, stream: object = None
+    ) -> PrefixRequest | PrefixRequest[DeviceBlock]:
         """Leases on the longest cached prefix of ``keys``, in order; a miss is an empty list.
 
         Blocks on disk are read in parallel. The prefix ends before the first block that is damaged, late
-        or does not fit in the arena beside the others; such blocks are counted in ``statistics()``.
+        or does not fit in the arena beside the others; such blocks are counted in ``statistics()``. ``device``
+        and ``stream`` as in ``get``; what the arena has is copied there in one call of the driver.
         """
-        return PrefixRequest(self._getter, keys)
+        if device is None:
+            return PrefixRequest(self._getter, keys)
+        return PrefixRequest(self._on_device(device, stream), keys)
+
+    def _on_device(self, device: int, stream: object) -> DeviceSource:
+        devices = self._devices()
+        return DeviceSource(devices, devices.device(device), stream_handle(stream))
+
+    def _devices(self) -> Devices:
+        self._context.check()
+        if self._context.devices is None:
+            raise ConfigError(
+                f"the store on {self._context.config.root} has no GPU tier; open it with gpu_bytes, such as "
+                "gpu_bytes='8GiB'"
+            )
+        return self._context.devices
 
     def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
         """How many leading keys are cached (``len``) and in which tier each. No I/O; does not suspend."""
@@ -353,6 +403,7 @@ class Store:
             "blocks": len(catalog.index),
             "index_bytes": catalog.index.nbytes,
             "store": dataclasses.asdict(context.counters),
+            "gpu": None if context.devices is None else context.devices.statistics(),
             "shm": {
                 **context.shm.statistics(),
                 "blocks": len(catalog.copies),
@@ -401,7 +452,9 @@ def list_blocks(context: StoreContext, first_row: int = 0) -> Iterator[tuple[int
     catalog = context.catalog
     index = catalog.index
     for row in index.rows(first_row):
-        tiers: tuple[Tier, ...] = (Tier.SHM,) if catalog.is_in_arena(row) else ()
+        tiers: tuple[Tier, ...] = (Tier.GPU,) if context.devices is not None and context.devices.holds(row) else ()
+        if catalog.is_in_arena(row):
+            tiers += (Tier.SHM,)
         if index.location(row) is not None:
             tiers += (Tier.DISK,)
         key_bytes, value_bytes = index.lengths(row)

@@ -395,7 +395,7 @@ class StoreConformance:
             assert b"".join(k for k, _ in layers) == key
             assert b"".join(v for _, v in layers) == value
             with pytest.raises(ConfigError):
-                store.get(block_id, ready="soon")  # type: ignore[arg-type]
+                store.get(block_id, ready="soon")  # type: ignore[arg-type, call-overload]
 
     # -- many at once, and the end ------------------------------------------------------------------
 

@@ -49,6 +49,11 @@ class ShmTier:
         """How much of what is ready lies in huge pages: direct I/O is twice as fast there."""
 
     @property
+    def memory(self) -> memoryview:
+        """All of the arena, for who registers it."""
+        return self._arena.memory
+
+    @property
     def ready_bytes(self) -> int:
         """How much of the arena has been populated and can be allocated."""
         return self._allocator.capacity_bytes

@@ -33,36 +33,51 @@ def _ignore(error: DeviceError | None) -> None:
 
 
 class Ticket:
-    """The end of one submission. ``event`` is recorded behind it; ``on_end`` is called once, on the loop."""
+    """The end of one submission. ``event`` is recorded behind it; ``on_end`` is called once, on the loop. Numbers
+    ascend within a lane."""
 
-    __slots__ = ("_waiter", "error", "event", "finished", "on_end")
+    __slots__ = ("_waiters", "error", "event", "finished", "number", "on_end")
 
-    def __init__(self, event: int, on_end: OnEnd) -> None:
+    def __init__(self, number: int, event: int, on_end: OnEnd) -> None:
+        self.number = number
         self.event = event
         self.on_end = on_end
         self.finished = False
         self.error: DeviceError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
 
     def finish(self, error: DeviceError | None) -> None:
         self.finished, self.error = True, error
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
         self.on_end(error)
 
+    async def watched(self) -> None:
+        """Return at the end. May be cancelled. Raises ``DeviceError``."""
+        await self._end()
+        if self.error is not None:
+            raise self.error
+
     async def wait(self) -> None:
-        """Return at the end. A cancelled caller waits on, then raises. Raises ``DeviceError``."""
+        """Return at the end. A cancelled caller, whose memory it is, waits on, then raises. Raises ``DeviceError``."""
         cancelled: asyncio.CancelledError | None = None
         while not self.finished:
-            self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                await self._end()
             except asyncio.CancelledError as error:
                 cancelled = error
         if cancelled is not None:
             raise cancelled
         if self.error is not None:
             raise self.error
+
+    async def _end(self) -> None:
+        if not self.finished:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
 
 
 class _Lane:
@@ -102,11 +117,6 @@ class Lanes:
     def in_flight(self) -> int:
         return sum(len(lane.pending) for lane in self._lanes.values())
 
-    @property
-    def event_fd(self) -> int:
-        """Whoever adds 1 to it makes the lanes look what has ended."""
-        return self._event_fd
-
     def submit(
         self, name: str, copies: Sequence[MemoryCopy], on_end: OnEnd = _ignore, *, after: int | None = None
     ) -> Ticket:
@@ -129,9 +139,9 @@ class Lanes:
             if error.lost:
                 self.fail(error)
             raise
-        ticket = Ticket(event, on_end)
-        lane.pending.append(ticket)
         self.submissions += 1
+        ticket = Ticket(self.submissions, event, on_end)
+        lane.pending.append(ticket)
         try:
             driver.record(event, lane.stream)
         except DeviceError as error:

@@ -21,8 +21,9 @@ from cascade_aio.abc.device import DeviceDriver, DeviceError, DeviceMemoryError,
 from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine
 from cascade_aio.config import format_size
 from cascade_aio.core.extents import ExtentAllocator
-from cascade_aio.errors import BrokenTierError, TierFullError
+from cascade_aio.errors import BrokenTierError, ConfigError, TierFullError
 from cascade_aio.io.waiting import call_in_thread, call_with_undo
+from cascade_aio.tiers.gpu.dlpack import Exports
 from cascade_aio.tiers.gpu.lanes import Lanes, OnEnd, Ticket
 from cascade_aio.tiers.gpu.pinning import HostPins, Staging
 
@@ -58,6 +59,7 @@ class GpuTier:
         self._allocator.add_region(0, nbytes)
         self._lanes = Lanes(driver, (IN, OUT, SCATTER), self._fail)
         self._staging = Staging(driver, self._lanes, engine)
+        self.exports = Exports(driver.dlpack_device)
 
     @classmethod
     async def open(cls, driver: DeviceDriver, nbytes: int, pins: HostPins, engine: ByteEngine) -> GpuTier:
@@ -152,12 +154,13 @@ class GpuTier:
         return self._lanes.submit(SCATTER, copies, on_end, after=after)
 
     def order(self, stream: int, ticket: Ticket) -> None:
-        """What is enqueued in ``stream`` from now on runs after ``ticket``. Raises ``BrokenTierError``."""
+        """What is enqueued in ``stream`` from now on runs after ``ticket``. Raises ``BrokenTierError``, ``ConfigError``
+        for what is no stream of this device."""
         self.check()
         try:
             self._lanes.order(stream, ticket)
         except DeviceError as error:
-            self._judge(error)
+            self._judge(error, stream)
 
     def fence(self, stream: int) -> int:
         """An event behind all that ``stream`` has now, for ``passed``."""
@@ -165,7 +168,7 @@ class GpuTier:
         try:
             return self._lanes.fence(stream)
         except DeviceError as error:
-            self._judge(error)
+            self._judge(error, stream)
 
     def passed(self, event: int) -> bool:
         """Whether the event of ``fence`` is done, or never will be; then it is given back."""
@@ -183,18 +186,17 @@ class GpuTier:
     async def _prepare_all(self, copies: Sequence[tuple[int, memoryview]]) -> bool:
         return all([await self.prepare(host) for _, host in copies if len(host)])
 
-    def _judge(self, error: DeviceError) -> NoReturn:
+    def _judge(self, error: DeviceError, stream: int) -> NoReturn:
         """A call about a caller's stream was refused: a lost device, or a stream that is none."""
         if error.lost:
             self._lanes.fail(error)
             self.check()
-        raise error
+        raise ConfigError(
+            f"the stream {stream:#x} was refused by device {self.driver.ordinal} ({error}); pass a stream of "
+            "this device that exists"
+        ) from error
 
     # -- the end ----------------------------------------------------------------------------------
-
-    @property
-    def event_fd(self) -> int:
-        return self._lanes.event_fd
 
     def _fail(self, error: DeviceError) -> None:
         self.broken = BrokenTierError(
@@ -214,6 +216,7 @@ class GpuTier:
 
     async def close(self, *, keep_memory: bool) -> None:
         """Give everything back, after ``drain``; with ``keep_memory`` all but the arena, for leases that are out."""
+        self.exports.close()
         await self._staging.close()
         self._lanes.close()
         if not keep_memory:
@@ -241,6 +244,7 @@ class GpuTier:
             "staged_bytes": self._staging.staged_bytes,
             "copies_in_flight": self._lanes.in_flight,
             "submissions": self._lanes.submissions,
+            "shown": len(self.exports),
             "batched_copies": self.driver.batches_copies,
         }
 
