@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Annotated
+import sys
+import tempfile
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from bench.machine import REPOSITORY
 from bench.mpi import costs as costs_module
-from bench.mpi import scaling, study
+from bench.mpi import scaling, stress, study
 from bench.mpi.cluster import Costs
 from bench.results import BenchError
+from cascade_aio.testing.mpi import MpiRuntime, find_runtimes, run_ranks
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -62,6 +66,60 @@ def scaling_page(
         _fail(Console(stderr=True), error)
 
 
+@app.command(name="stress")
+def stress_ranks(
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 10.0,
+    ranks: Annotated[int, typer.Option(min=2, help="How many.")] = 4,
+    mpi: Annotated[str, typer.Option(help="openmpi or mpich; default: the first that is here.")] = "",
+    seed: Annotated[int, typer.Option(help="Of everything that ranks choose.")] = 1,
+    kill: Annotated[bool, typer.Option(help="Kill the last rank when three quarters have passed.")] = True,
+    directory: Annotated[
+        pathlib.Path, typer.Option("--dir", help="Where the root is made and removed.")
+    ] = pathlib.Path(),
+) -> None:
+    """Put, get, evict, delete and cancel on all ranks, comparing every byte; exit 1 if one was wrong or a rank hung."""
+    console = Console(stderr=True)
+    try:
+        runtime = runtime_of(mpi)
+        with tempfile.TemporaryDirectory(prefix="cascade-stress-", dir=directory) as root:
+            arguments: dict[str, Any] = {
+                "root": str(pathlib.Path(root).resolve()),
+                "seconds": minutes * 60,
+                "seed": seed,
+            }
+            arguments["victim"] = ranks - 1 if kill else None
+            outcome = run_ranks(
+                runtime, ranks, "bench.mpi.stress:rank", arguments, deadline_s=minutes * 60 + stress.SLACK_SECONDS,
+                outlive=kill, path=[str(REPOSITORY)],
+            )  # fmt: skip
+        print(stress.summary(outcome, ranks - kill, runtime))
+    except BenchError as error:
+        _fail(console, error)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    ranks: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 4,
+    mpi: Annotated[str, typer.Option(help="openmpi or mpich; default: the first that is here.")] = "",
+) -> None:
+    """``mpiexec -n RANKS python -m bench mpi …`` as this machine needs it, such as: launch -n 4 run."""
+    try:
+        runtime = runtime_of(mpi)
+    except BenchError as error:
+        _fail(Console(stderr=True), error)
+    command = runtime.command(ranks, [sys.executable, "-m", "bench", "mpi", *context.args])
+    os.execvpe(command[0], command, os.environ | runtime.environment())
+
+
+def runtime_of(name: str) -> MpiRuntime:
+    """The MPI of that name, or the first there is. Raises ``BenchError`` without it."""
+    runtimes, reason = find_runtimes()
+    if not runtimes or (name and name not in runtimes):
+        raise BenchError(f"MPI {name or '(any)'} is not here: {reason or 'there is ' + ', '.join(runtimes)}")
+    return runtimes[name] if name else next(iter(runtimes.values()))
+
+
 def _counts(text: str) -> list[int]:
     try:
         counts = sorted({int(part) for part in text.split(",")})
@@ -72,6 +130,6 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _fail(console: Console, error: BenchError) -> None:
+def _fail(console: Console, error: BenchError) -> NoReturn:
     console.print(f"bench mpi: {error}", markup=False, highlight=False)
     raise typer.Exit(1) from error
