@@ -15,12 +15,14 @@ import contextlib
 import dataclasses
 import logging
 import posixpath
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from cascade_aio.abc.storage import Clock
 from cascade_aio.errors import CascadeError
 from cascade_aio.segments.hosts import Host
 from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim, claim_dead, is_abandoned, list_writers
+from cascade_aio.segments.table import SegmentEntry
+from cascade_aio.store.compacting import STEP_BLOCKS
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.merging import PROVISIONAL
 from cascade_aio.store.recovering import take_in
@@ -95,15 +97,8 @@ class Adopter:
         context.on_adopted()
         async with context.refreshing:
             await take_in(context, context.recovery.adopt_writer(claim.writer))
-        catalog = context.catalog
         entries = [entry for entry in context.disk.table if entry.identity.writer == claim.writer]
-        for entry in entries:
-            if entry.sealed and not entry.unreadable:
-                # What was seen while it was being written and is not told as durable now has come to nothing.
-                for row in catalog.index.rows_in_segment(entry.number).tolist():
-                    if catalog.index.flags(row) & PROVISIONAL:
-                        catalog.unplace(row)
-            catalog.own_segment(entry.number)
+        await self._take_stock(entries)
         storage = context.platform.storage
         with contextlib.suppress(FileNotFoundError):  # it speaks for an index that is not kept up any more
             await storage.unlink(posixpath.join(claim.path, CHECKPOINT_FILE))
@@ -113,6 +108,35 @@ class Adopter:
         self._adopted_bytes += sum(entry.size_bytes for entry in entries)
         logger.info("adopted %d segments of the dead writer %s", len(entries), claim.path)
         context.on_written()  # the disk has grown
+
+    async def _take_stock(self, entries: Sequence[SegmentEntry]) -> None:
+        """What is in these segments is ours from now on. In steps; whatever changes meanwhile is looked at as it is."""
+        context = self._context
+        catalog, index = context.catalog, context.catalog.index
+        whole = {entry.number for entry in entries if entry.sealed and not entry.unreadable}
+        found = context.merger.adopted(whole)
+        for entry in entries:
+            entry.writing = True  # not to be reclaimed before it is known what is read from it
+        try:
+            for count, _ in enumerate(found, 1):
+                if not count % STEP_BLOCKS:
+                    await asyncio.sleep(0)
+        finally:
+            for _ in found:
+                pass  # cut short: the rest at once
+            for entry in entries:
+                entry.writing = False
+        for entry in entries:
+            for count, row in enumerate(index.rows_in_segment(entry.number).tolist(), 1):
+                if not count % STEP_BLOCKS:
+                    await asyncio.sleep(0)
+                if not index.is_in_segment(row, entry.number):
+                    continue  # gone since
+                if entry.number in whole and index.flags(row) & PROVISIONAL:
+                    # What was seen while it was being written and is not told as durable now has come to nothing.
+                    catalog.unplace(row)
+                else:
+                    catalog.own_row(row)
 
     def _let_go_of_empty(self) -> None:
         """A directory of which nothing is left is of use to a newcomer."""

@@ -426,10 +426,9 @@ class Catalog:
         elif not own and row in policy:
             policy.remove(row)
 
-    def own_segment(self, number: int) -> None:
-        """The segment has been adopted: what is in it counts in the disk budget."""
-        for row in self.index.rows_in_segment(number).tolist():
-            self._admit_on_disk(row)
+    def own_row(self, row: int) -> None:
+        """The segment of its record has been adopted: it counts in the disk budget."""
+        self._admit_on_disk(row)
 
     def record_bytes(self, row: int, header_pages: int) -> int:
         """What the block's record takes in an extent and in a segment."""

@@ -148,6 +148,8 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
     columns = await asyncio.to_thread(_columns_of, context.catalog.index, positions)
     if context.merger.hearsay or (columns["flags"] & PROVISIONAL).any():
         return  # another writer may never have made it durable: the next session asks the segments
+    if context.merger.reads_older:
+        return  # it has room for one record of a block: of these, two count
     tombstones = context.merger.facts.tombstones()
     ids = np.frombuffer(b"".join(tombstones), dtype=np.uint8).reshape(-1, BLOCK_ID_BYTES)
     columns["tombstone_id"] = ids

@@ -62,6 +62,71 @@ def test_a_record_that_may_vanish_and_is_newer_than_a_deletion_survives_it(
     run(story)
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_block_is_read_from_a_record_that_outlives_its_deletions(order: tuple[int, int, int], before: bool) -> None:
+    """Simulation: of an own record, another writer's and a deletion between them the own one stayed the one that
+    counts; the other was adopted and reclaimed as dead, and the next opening found the own one deleted."""
+
+    async def story() -> None:
+        store = await World().open()
+        ours, theirs = segment_of(store, 1, own=True), segment_of(store, 2)
+        old, gone, new = (
+            record(ours, 10, provisional=False),
+            deletion(theirs, 20),
+            record(theirs, 30, provisional=False),
+        )
+        facts: list[Fact] = [old, gone._replace(provisional=False), new]
+        catalog = told(store, [facts[index] for index in order])
+        row = catalog.index.find(BLOCK_ID)
+        assert catalog.index.location(row) == Location(theirs, 1, 1)
+        if before:
+            told(store, [deletion(theirs, 40)])
+            assert catalog.index.find(BLOCK_ID) < 0
+        await store.aclose()
+
+    run(story)
+
+
+@pytest.mark.parametrize("vanished", [False, True])
+def test_a_newer_record_of_another_writer_is_remembered_while_the_own_one_is_read(vanished: bool) -> None:
+    async def story() -> None:
+        store = await World().open()
+        merger = store._context.merger
+        ours, theirs = segment_of(store, 1, own=True), segment_of(store, 2)
+        catalog = told(store, [record(theirs, 30, provisional=False), record(ours, 10, provisional=False)])
+        row = catalog.index.find(BLOCK_ID)
+        assert catalog.index.location(row) == Location(ours, 1, 1), "whatever their writer does with theirs"
+        assert merger.reads_older == 1
+        told(store, [record(ours, 15, provisional=False)._replace(location=Location(ours, 5, 1))])
+        assert catalog.index.location(row) == Location(ours, 5, 1), "the newest of the own ones"
+        if vanished:
+            await store._context.disk.table.forget(theirs)
+            told(store, [VanishedFact(theirs), deletion(ours, 20)])
+            assert catalog.index.find(BLOCK_ID) < 0
+        else:
+            for _ in merger.adopted({theirs}):
+                check_invariants(store)
+            assert catalog.index.location(row) == Location(theirs, 1, 1), "it is ours now, and the other may go"
+        assert merger.reads_older == 0
+        await store.aclose()
+
+    run(story)
+
+
+def test_of_more_newer_records_than_are_remembered_theirs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        monkeypatch.setattr(merging, "NEWER_MAX", 0)
+        store = await World().open()
+        ours, theirs = segment_of(store, 1, own=True), segment_of(store, 2)
+        catalog = told(store, [record(ours, 10, provisional=False), record(theirs, 30, provisional=False)])
+        told(store, [deletion(theirs, 20)])
+        assert catalog.index.location(catalog.index.find(BLOCK_ID)) == Location(theirs, 1, 1)
+        await store.aclose()
+
+    run(story)
+
+
 @pytest.mark.parametrize("told_later", ["as durable", "vanished", "deleted"])
 def test_a_record_that_stands_by_is_forgotten_once_it_is_not_needed(told_later: str) -> None:
     async def story() -> None:
