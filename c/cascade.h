@@ -105,7 +105,8 @@ int cascade_sha256_available(void);
 int cascade_ingest_sha256(void *payload, size_t payload_bytes, const void *key, size_t key_bytes, const void *value,
                           size_t value_bytes, size_t value_offset, size_t chunk_bytes, uint32_t *crcs, uint8_t *digest);
 /* Map `nbytes` of the file `fd` from `offset` (whole pages) shared, readable and if `writable` also writable,
- * at an address that is a multiple of `alignment` (a power of two, at least a page). */
+ * at an address that is a multiple of `alignment` (a power of two, at least a page) plus what `offset` is over one:
+ * huge pages of the file, if `alignment` is their size, are then mapped as such. */
 int cascade_map_shared(int fd, uint64_t offset, uint64_t nbytes, uint64_t alignment, int writable, void **out);
 int cascade_unmap(void *addr, uint64_t nbytes);
 /* Put [addr, addr + n) into huge pages, present and writable, bytes unchanged (MADV_COLLAPSE, Linux 6.1;
@@ -115,6 +116,9 @@ int cascade_collapse(void *addr, size_t n);
 /* Make every page of [addr, addr + n) present and writable (MADV_POPULATE_WRITE, else touch) without
  * changing bytes, also of what others write meanwhile. addr is page-aligned. */
 int cascade_prefault(void *addr, size_t n);
+/* Map in every page of [addr, addr + n), which exist already (MADV_POPULATE_READ, else touch): a third of what
+ * cascade_prefault costs there, and as good for writing to memory that is shared. addr is page-aligned. */
+int cascade_map_in(const void *addr, size_t n);
 /* Give memory that was freed but is kept by the C library back to the system (glibc; elsewhere nothing).
  * Takes milliseconds per 100 MB: not for the event loop. */
 void cascade_trim_heap(void);

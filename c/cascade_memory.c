@@ -9,6 +9,10 @@
 #include <malloc.h>
 #endif
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
+
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14; older C libraries lack the name */
 #endif
@@ -20,16 +24,17 @@
 int cascade_map_shared(int fd, uint64_t offset, uint64_t nbytes, uint64_t alignment, int writable, void **out)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    if (nbytes == 0 || alignment < page || (alignment & (alignment - 1)) != 0 || nbytes > SIZE_MAX - alignment ||
-        offset > INT64_MAX)
+    if (nbytes == 0 || alignment < page || (alignment & (alignment - 1)) != 0 || nbytes > SIZE_MAX / 2 ||
+        alignment > SIZE_MAX / 8 || offset > INT64_MAX)
         return -EINVAL;
     size_t length = (size_t)((nbytes + page - 1) / page * page);
-    size_t reserved = length + (size_t)alignment;
+    size_t within = (size_t)(offset & (alignment - 1)); /* a huge page is mapped as one where both are aligned alike */
+    size_t reserved = within + length + (size_t)alignment;
     /* Address space first, the file over its aligned part; then the ends go back. */
     uint8_t *base = mmap(NULL, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED)
         return -errno;
-    uint8_t *start = (uint8_t *)(((uintptr_t)base + alignment - 1) & ~(uintptr_t)(alignment - 1));
+    uint8_t *start = (uint8_t *)((((uintptr_t)base + alignment - 1) & ~(uintptr_t)(alignment - 1)) + within);
     int access = writable ? PROT_READ | PROT_WRITE : PROT_READ;
     if (mmap(start, length, access, MAP_SHARED | MAP_FIXED, fd, (off_t)offset) == MAP_FAILED) {
         int saved = errno;
@@ -60,21 +65,41 @@ int cascade_collapse(void *addr, size_t n)
     return rc == 0 ? 0 : -errno;
 }
 
+/* 0 or -errno (ENOMEM: not mapped; EFAULT: the file behind it is too short or full); 1: this kernel cannot. */
+static int populate(void *addr, size_t n, size_t page, int advice)
+{
+    if ((uintptr_t)addr % page != 0)
+        return -EINVAL;
+    int rc;
+    do {
+        rc = madvise(addr, n, advice);
+    } while (rc < 0 && (errno == EINTR || errno == EAGAIN));
+    if (rc == 0)
+        return 0;
+    return errno == EINVAL ? 1 : -errno;
+}
+
+int cascade_map_in(const void *addr, size_t n)
+{
+    if (n == 0)
+        return 0;
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    int rc = populate((void *)(uintptr_t)addr, n, page, MADV_POPULATE_READ);
+    if (rc <= 0)
+        return rc;
+    for (size_t i = 0; i < n; i += page)
+        (void)__atomic_load_n((const uint8_t *)addr + i, __ATOMIC_RELAXED);
+    return 0;
+}
+
 int cascade_prefault(void *addr, size_t n)
 {
     if (n == 0)
         return 0;
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    if ((uintptr_t)addr % page != 0)
-        return -EINVAL;
-    int rc;
-    do {
-        rc = madvise(addr, n, MADV_POPULATE_WRITE);
-    } while (rc < 0 && (errno == EINTR || errno == EAGAIN));
-    if (rc == 0)
-        return 0;
-    if (errno != EINVAL)
-        return -errno; /* ENOMEM: not mapped; EFAULT: the file behind it is too short or full */
+    int rc = populate(addr, n, page, MADV_POPULATE_WRITE);
+    if (rc <= 0)
+        return rc;
     for (size_t i = 0; i < n; i += page) {
         /* A write fault that leaves the byte, whatever others write meanwhile. */
         uint8_t *byte = (uint8_t *)addr + i, old = __atomic_load_n(byte, __ATOMIC_RELAXED);

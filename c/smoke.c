@@ -151,6 +151,9 @@ static void check_memory(void)
     CHECK(cascade_prefault(memory + 1, PAGE) == -EINVAL);
     CHECK(munmap(memory, n) == 0);
     CHECK(cascade_prefault(memory, n) == -ENOMEM);
+    CHECK(cascade_map_in(memory, n) == -ENOMEM);
+    CHECK(cascade_map_in(memory + 1, PAGE) == -EINVAL);
+    CHECK(cascade_map_in(memory, 0) == 0);
 
     int shared_fd = memfd_create("smoke", MFD_CLOEXEC);
     CHECK(shared_fd >= 0 && ftruncate(shared_fd, 4 << 20) == 0);
@@ -163,7 +166,12 @@ static void check_memory(void)
     for (size_t i = 0; i < (4 << 20); i += PAGE)
         CHECK(((unsigned char *)shared)[i] == 5);
     CHECK(cascade_unmap(shared, 4 << 20) == 0);
+    CHECK(cascade_map_shared(shared_fd, 3 * PAGE, 2 << 20, 2 << 20, 1, &shared) == 0);
+    CHECK((uintptr_t)shared % (2 << 20) == 3 * PAGE);
+    CHECK(cascade_map_in(shared, 2 << 20) == 0 && ((unsigned char *)shared)[(2 << 20) - 1] == 5);
+    CHECK(cascade_unmap(shared, 2 << 20) == 0);
     CHECK(cascade_map_shared(shared_fd, 0, 4 << 20, 3000, 1, &shared) == -EINVAL);
+    CHECK(cascade_map_shared(shared_fd, 0, PAGE, (uint64_t)1 << 63, 1, &shared) == -EINVAL);
     close(shared_fd);
     CHECK(cascade_map_shared(-1, 0, PAGE, PAGE, 1, &shared) == -EBADF);
 

@@ -125,7 +125,8 @@ def ingest_sha256(
 
 
 def map_shared(fd: int, nbytes: int, alignment: int, *, offset: int = 0, writable: bool = True) -> memoryview:
-    """Map ``nbytes`` of a file from ``offset`` (whole pages), shared, at a multiple of ``alignment``.
+    """Map ``nbytes`` of a file from ``offset`` (whole pages), shared, at a multiple of ``alignment``, plus what
+    ``offset`` is over one: so huge pages of the file are mapped as such.
 
     Unmapped with its last view. Raises ``OSError`` as ``mmap`` does, ``EINVAL`` for an alignment that is no
     power of two.
@@ -160,6 +161,17 @@ def prefault(memory: Buffer) -> None:
     rc = lib.cascade_prefault(_from_buffer(memory, require_writable=True), nbytes)
     if rc < 0:
         raise OSError(-rc, f"cannot prefault {nbytes} bytes: {os.strerror(-rc)}")
+
+
+def map_in(memory: Buffer) -> None:
+    """Map in every page of page-aligned ``memory``, shared, which others have made present. May be written afterwards.
+
+    Raises ``OSError`` as ``prefault`` does, for a third of its price.
+    """
+    nbytes = _length(memory)
+    rc = lib.cascade_map_in(_from_buffer(memory), nbytes)
+    if rc < 0:
+        raise OSError(-rc, f"cannot map in {nbytes} bytes: {os.strerror(-rc)}")
 
 
 def copy_variant() -> str:

@@ -252,9 +252,12 @@ class ByteEngine(Protocol):
         """Streaming copy of each ``(destination, source)``, split over the workers when large."""
         ...
 
-    async def prefault(self, memory: memoryview) -> int:
+    async def prefault(self, memory: memoryview, *, huge: bool = True) -> int:
         """Make page-aligned ``memory`` present without changing a byte, in huge pages where the system
-        gives them; returns how many bytes are. The caller is its only writer meanwhile."""
+        gives them; returns how many bytes are. The caller is its only writer meanwhile.
+
+        ``huge=False``: the memory is another's, who has seen to that; it is only mapped in.
+        """
         ...
 
     async def trim_heap(self) -> None:

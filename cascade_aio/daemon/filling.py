@@ -28,9 +28,6 @@ from cascade_aio.store.putting import Draft, Slot, check_part_sizes, make_draft,
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-WINDOW_BYTES = POPULATE_BYTES_MAX
-"""Of a reservation, mapped at a time by ``put``."""
-
 
 class _Filling:
     """A reservation over one link, mapped while it is filled."""
@@ -46,10 +43,12 @@ class _Filling:
         self._nbytes = reserved.nbytes - reserved.header_bytes
         link.took()
 
-    def map(self) -> None:
-        """Map all of the payload, for who fills it in one piece. Raises ``ConnectionLostError``, ``OSError``."""
+    async def map(self, engine: ByteEngine) -> None:
+        """Map the payload, its pages present. Raises ``ConnectionLostError``, ``OSError``."""
         if self._nbytes:
             self.payload = self.link.map_writable(self._offset, self._nbytes)
+        if self._nbytes > POPULATE_BYTES_MAX:
+            await engine.prefault(self.payload, huge=False)
 
     @property
     def parts(self) -> tuple[memoryview, memoryview]:
@@ -59,21 +58,6 @@ class _Filling:
             self.payload[: draft.key_bytes],
             self.payload[draft.value_offset : draft.value_offset + draft.value_bytes],
         )
-
-    async def copy_in(self, engine: ByteEngine, key: memoryview, value: memoryview) -> None:
-        """Fill it, one window after the other: mapping pages in small lots costs a quarter of faulting them in.
-
-        Raises ``ConnectionLostError``, ``OSError``.
-        """
-        for start in range(0, self._nbytes, WINDOW_BYTES):
-            nbytes = min(WINDOW_BYTES, self._nbytes - start)
-            window = self.link.map_writable(self._offset + start, nbytes)
-            pairs: list[tuple[memoryview, memoryview]] = []
-            for at, part in ((0, key), (self._draft.value_offset, value)):
-                first, end = max(at, start), min(at + part.nbytes, start + nbytes)
-                if first < end:
-                    pairs.append((window[first - start : end - start], part[first - at : end - at]))
-            await engine.copy(pairs)
 
     def unmap(self) -> None:
         """Done with writing."""
@@ -148,11 +132,11 @@ class ClientPutter:
             return BlockId(reserved.bound)
         filling = _Filling(link, reserved, draft)
         try:
+            await filling.map(self._engine)
             if link.welcome.verifies:
-                await filling.copy_in(self._engine, key, value)
+                await self._engine.copy(list(zip(filling.parts, (key, value), strict=True)))
                 block_id = await filling.seal()
             else:
-                filling.map()
                 digest = link.welcome.digest
                 done = await self._engine.ingest(key, value, filling.payload, draft.value_offset, CHUNK_BYTES, digest)
                 block_id = await filling.seal(done.digest, done.chunk_crcs)
@@ -177,7 +161,7 @@ class ClientPutter:
         link, reserved = await self.reserve(draft, put=False)
         filling = _Filling(link, reserved, draft)
         try:
-            filling.map()
+            await filling.map(self._engine)
         except BaseException:
             filling.abort()
             raise

@@ -22,11 +22,11 @@ from cascade_aio.daemon.framing import FrameCutter
 from cascade_aio.daemon.handshake import say_hello
 from cascade_aio.daemon.place import peer_of
 from cascade_aio.errors import ProtocolError, ServiceUnavailableError
-from cascade_aio.tiers.view import DirectoryView, map_arena
+from cascade_aio.tiers.view import DirectoryView, map_arena, map_extent
 
-POPULATE_BYTES_MAX = 8 << 20
-"""Memory of a reservation up to this size is mapped with its pages present: 0.06 ms per MiB on the loop, instead
-of 0.4 ms per MiB of page faults while it is filled."""
+POPULATE_BYTES_MAX = 2 << 20
+"""Memory of a reservation up to this size is mapped with its pages present, in one call of some 0.1 ms on the loop.
+Larger memory is mapped in by a worker, huge pages as such: page faults while it is filled take 0.35 ms per MiB."""
 
 
 class ConnectionLostError(ServiceUnavailableError):
@@ -137,11 +137,16 @@ class Link(asyncio.Protocol):
             self.view.close()
 
     def map_writable(self, offset: int, nbytes: int) -> memoryview:
-        """Memory of a reservation; unmapped with its last view. Raises ``ConnectionLostError``, ``OSError``."""
+        """Memory of a reservation; unmapped with its last view. Raises ``ConnectionLostError``, ``OSError``.
+
+        More than ``POPULATE_BYTES_MAX`` of it is not mapped in yet: that is to be left to a worker.
+        """
         assert nbytes > 0, "mmap takes 0 for the whole file"
         if self._writable_fd < 0:
             raise self._gone()
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if nbytes <= POPULATE_BYTES_MAX else 0)
+        if nbytes > POPULATE_BYTES_MAX:
+            return map_extent(self._writable_fd, offset, nbytes)
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         return memoryview(mmap.mmap(self._writable_fd, nbytes, flags=flags, offset=offset))
 
     async def aclose(self) -> None:

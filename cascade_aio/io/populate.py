@@ -42,6 +42,12 @@ def populate(memory: memoryview) -> int:
     return huge
 
 
+def map_in(memory: memoryview) -> int:
+    """As ``populate`` for memory that is there already: in pages as they are. 0: it made none of them huge."""
+    _native.map_in(memory)
+    return 0
+
+
 def _collapse(memory: memoryview) -> int:
     size = huge_page_bytes()
     if not size:

@@ -21,7 +21,7 @@ from cascade_aio.abc.storage import Ingested
 from cascade_aio.errors import ClosedError, ConfigError
 from cascade_aio.io.ingest import chunk_checksums, digest_in_place, ingest
 from cascade_aio.io.pool import WorkerPool
-from cascade_aio.io.populate import populate
+from cascade_aio.io.populate import map_in, populate
 from cascade_aio.io.waiting import Completion
 
 INLINE_BYTES_MAX = 64 << 10
@@ -176,12 +176,13 @@ class ByteWorkers:
         total = sum(source.nbytes for _, source in pairs)
         await self._call_all(_copy_all, [(part,) for part in _shares(pairs, self._share_bytes(total))])
 
-    async def prefault(self, memory: memoryview) -> int:
+    async def prefault(self, memory: memoryview, *, huge: bool = True) -> int:
         """See ``abc.ByteEngine``; may be cancelled every ``PREFAULT_BYTES``. Raises ``OSError`` (ENOMEM, EFAULT)."""
-        huge = 0
+        huge_bytes = 0
         for start in range(0, memory.nbytes, PREFAULT_BYTES):
-            huge += await self._call(populate, memory[start : start + PREFAULT_BYTES])
-        return huge
+            piece = memory[start : start + PREFAULT_BYTES]
+            huge_bytes += await self._call(populate if huge else map_in, piece)
+        return huge_bytes
 
     async def trim_heap(self) -> None:
         """See ``abc.ByteEngine``."""

@@ -692,7 +692,7 @@ class MemoryEngine:
         for destination, source in pairs:
             destination[:] = source
 
-    async def prefault(self, memory: memoryview) -> int:
+    async def prefault(self, memory: memoryview, *, huge: bool = True) -> int:
         await asyncio.sleep(0)
         return 0
 

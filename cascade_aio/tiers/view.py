@@ -173,8 +173,11 @@ def map_arena(fd: int, nbytes: int) -> memoryview:
 
 
 def map_extent(fd: int, offset: int, nbytes: int) -> memoryview:
-    """One extent to be filled (whole pages); unmapped with its last view. Raises ``OSError``."""
-    return map_shared(fd, nbytes, PAGE_BYTES, offset=offset)
+    """One extent to be filled (whole pages); unmapped with its last view. Raises ``OSError``.
+
+    Its pages are not mapped in yet; huge ones are mapped as such, where the arena has them.
+    """
+    return map_shared(fd, nbytes, MAPPING_ALIGNMENT if nbytes >= MAPPING_ALIGNMENT else PAGE_BYTES, offset=offset)
 
 
 def _map_whole(fd: int, *, writable: bool) -> memoryview:

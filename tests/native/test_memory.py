@@ -193,6 +193,21 @@ def test_shared_mapping_is_aligned_and_lives_as_long_as_a_view(tmp_path: Path) -
     os.close(fd)
 
 
+def test_a_mapping_of_a_part_is_aligned_as_the_part_is(tmp_path: Path) -> None:
+    size = 2 << 20
+    fd = os.open(tmp_path / "shared", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(fd, 3 * size)
+    os.pwrite(fd, b"here", 5 * 4096)
+    memory = _native.map_shared(fd, 2 * size, size, offset=5 * 4096)
+    os.close(fd)
+    assert _native.address_of(memory) % size == 5 * 4096
+    _native.map_in(memory)
+    assert bytes(memory[:4]) == b"here"
+    memory[-4:] = b"more"
+    with pytest.raises(OSError, match="cannot map in"):
+        _native.map_in(memory[1:])
+
+
 def test_a_bad_alignment_is_refused() -> None:
     with pytest.raises(OSError, match="cannot map"):
         _native.map_shared(-1, 4096, 3000)
