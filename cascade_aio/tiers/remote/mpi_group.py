@@ -566,6 +566,7 @@ class MpiGroup:
     def _at_exit(self) -> None:
         """Before ``MPI_Finalize``, after which no call may be made: give the others their time, then end the thread."""
         if not self._lost_any:
+            gc.collect()  # a store that nobody has any more may view its arena still, in a cycle
             self._freed.wait(EXIT_SECONDS_MAX)
         self._stop()
         self._thread.join(1.0)
