@@ -1,42 +1,25 @@
-"""What clients do with a store, and whether what comes of it is what was promised.
+"""What clients do with a store.
 
 Each operation runs as a task of the process whose store it uses, so it dies with it. ``Client`` asks the oracle
-before and after: a promise is broken only if it held the whole time. Errors are allowed by cause:
-
-* ``OSError``: a read, call or sync of this process failed, or met a bad sector, within the time a request may take.
-* ``TierFullError``: writes of this process fail, are slow or find no room; or leases hold the arena, which is small;
-  or segments are kept aside because of damage, which only ``repair`` gives back, and count in a budget that is small.
-* ``TierStalledError``: a request of this process is stuck, or was until just now.
-* ``BrokenTierError``: writes or syncs of this process failed.
-* ``CorruptionError``: names a file and place that the medium has damaged, and only there.
-* ``ClosedError``: the store was being closed.
-* A miss of a block read later than ``read_seconds_max``: reads are slow or stuck, or the arena is held.
-* Everything else, and every operation that has not ended after ``OPERATION_S_MAX``, is a broken promise.
+before and after: a promise is broken only if it held the whole time; what comes of an operation is for ``Judge``. An
+operation that has not ended after ``OPERATION_S_MAX`` is a broken promise.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from cascade_aio.errors import (
-    BlockNotFoundError,
-    BrokenTierError,
-    ClosedError,
-    CorruptionError,
-    TierFullError,
-    TierStalledError,
-)
+from cascade_aio.errors import BlockNotFoundError, CorruptionError
 from cascade_aio.model import PrefixKey
-from cascade_aio.store.block import Block
 from cascade_aio.store.store import Store
-from cascade_aio.testing.simulation.contents import Content, content, name_key, number_of
+from cascade_aio.testing.simulation.contents import content, name_key, number_of
+from cascade_aio.testing.simulation.judging import Judge, Target
 from cascade_aio.testing.simulation.oracle import BrokenPromise, Life, Put
 from cascade_aio.testing.simulation.plan import Step
-from cascade_aio.testing.simulation.world import STUCK_S, Process, Report, World
+from cascade_aio.testing.simulation.world import STUCK_S, Process, World
 
 OPERATION_S_MAX = 4 * STUCK_S[1]
 """Virtual seconds: a few stuck requests one after the other."""
@@ -44,37 +27,19 @@ OPERATION_S_MAX = 4 * STUCK_S[1]
 READ_GRACE_S = 0.5
 """A get ends so long after its deadline at the latest."""
 
-WEATHER_S_MAX = 2.0
-"""A fault that comes and goes lasts at most so long."""
+CANCELLED = "-cancelled"
+"""Ends the kinds of steps whose caller gives up: after some turns of the loop, or some time."""
 
-TROUBLE_S = 30.0
-"""Writes recover so long after a fault at the latest: the writer's pauses, and a shortage."""
-
-_WRITE_FAULTS = ("eio-write", "eio-sync", "eio-call", "slow", "stuck", "no-space")
-_READ_FAULTS = ("eio-read", "eio-call", "bad-sector")
+FEW_TURNS_MAX = 23
+TURNS_MAX = 301
+SECONDS_MAX = 0.05
 
 
-@dataclasses.dataclass(slots=True)
-class Target:
-    """What an operation asks for: a block, by its id or by a name."""
-
-    block: int
-    name: int | None
-
-    @property
-    def shared(self) -> bool:
-        return self.name is not None and self.name < 0
-
-    def key(self) -> Any:
-        return content(self.block).block_id if self.name is None else name_key(self.block, self.name)
-
-
-class Client:
+class Client(Judge):
     """Does steps one after the other. ``act_on_world`` does those that are not about a store."""
 
     def __init__(self, world: World, number: int, act_on_world: Callable[[Step], Coroutine[Any, Any, None]]) -> None:
-        self._world = world
-        self._oracle = world.oracle
+        super().__init__(world)
         self._number = number
         self._act_on_world = act_on_world
         self.doing = "nothing"
@@ -84,7 +49,7 @@ class Client:
             if step.pause_s:
                 await asyncio.sleep(step.pause_s)
             self.doing = str(step)
-            work = getattr(self, "_do_" + step.kind.replace("-", "_"), None)
+            work = self._work(step.kind)
             if work is None:
                 await self._act_on_world(step)
                 continue
@@ -93,6 +58,18 @@ class Client:
                 self._world.counts[step.kind] += 1
                 await self._operate(process, step, work)
         self.doing = "done"
+
+    def _work(self, kind: str) -> Callable[..., Coroutine[Any, Any, Any]] | None:
+        """What does a step; ``None``: it is not about a store."""
+        base = kind.removesuffix(CANCELLED)
+        work: Callable[..., Coroutine[Any, Any, Any]] | None = getattr(self, "_do_" + base.replace("-", "_"), None)
+        if work is None or base == kind:
+            return work
+
+        async def cut_short(process: Process, life: Life, store: Store, step: Step) -> str:
+            return await self._cancelled(asyncio.ensure_future(work(process, life, store, step)), step)
+
+        return cut_short
 
     # -- running one operation -----------------------------------------------------------------
 
@@ -114,133 +91,10 @@ class Client:
         elif (error := task.exception()) is not None:
             if isinstance(error, BrokenPromise):
                 raise error
-            self._judge(process, life, step, error)
+            self.judge(process, life, step, error)
             world.log("failed", step.number, type(error).__name__)
         else:
             world.log("done", step.number, task.result())
-
-    def _judge(self, process: Process, life: Life, step: Step, error: BaseException) -> None:
-        """Whether this error may be: see the module's docstring."""
-        world = self._world
-        if life.ended:
-            return
-        if isinstance(error, CorruptionError):
-            self._check_damage(error)
-            world.met("reported damage", process)
-            return
-        if isinstance(error, TierFullError):
-            allowed = self._may_be_full(process)
-        elif isinstance(error, TierStalledError):
-            allowed = process.recent("stuck", within_s=STUCK_S[1] + 1)
-        elif isinstance(error, BrokenTierError):
-            allowed = process.write_faults > 0
-        elif isinstance(error, ClosedError):
-            allowed = process.closing or process.store is None
-        elif isinstance(error, OSError):
-            # A compaction writes; whatever else raises this has read. A request is stuck for so long at most.
-            causes = (*_READ_FAULTS, *_WRITE_FAULTS) if step.kind == "compact" else _READ_FAULTS
-            allowed = process.recent(*causes, within_s=STUCK_S[1] + WEATHER_S_MAX)
-        else:
-            allowed = False
-        if not allowed:
-            raise BrokenPromise(4 if isinstance(error, TierFullError) else 2, f"{step}: {error!r}") from error
-        if isinstance(error, OSError) and error.filename:
-            world.reports.setdefault(Report(error.filename, None, str(error), torn=True))
-        world.met("error to the caller", process)
-
-    def _may_be_full(self, process: Process) -> bool:
-        return (
-            process.pins > 0
-            or self._world.short_of_space
-            or (process.store is not None and process.store.statistics()["disk"]["kept_aside_bytes"] > 0)
-            or process.recent(*_WRITE_FAULTS, within_s=STUCK_S[1] + TROUBLE_S)
-        )
-
-    def _check_damage(self, error: CorruptionError) -> None:
-        self._world.note_report(str(error))
-        if error.path is None or error.offset is None:
-            raise BrokenPromise(2, f"damage without a place: {error}")
-        if error.path not in self._world.injuries.paths:
-            raise BrokenPromise(2, f"damage was reported where there is none: {error}") from error
-
-    # -- checking what was given ---------------------------------------------------------------
-
-    def check_bytes(self, block: Block, target: Target) -> Content:
-        """Promise 1."""
-        number = number_of().get(block.block_id)
-        if number is None:
-            raise BrokenPromise(1, f"block {block.block_id} was never put")
-        wanted = content(number)
-        key, value = block.views()
-        if bytes(key) != wanted.key or bytes(value) != wanted.value or block.meta != wanted.meta:
-            raise BrokenPromise(1, f"block {number} has other bytes or meta than were put")
-        if target.name is None or not target.shared:
-            if number != target.block:
-                raise BrokenPromise(1, f"{target} gave block {number}")
-        elif number not in self._oracle.candidates(target.name):
-            raise BrokenPromise(1, f"{target} gave block {number}, which was never put under it")
-        self._world.counts["bytes verified"] += wanted.nbytes
-        return wanted
-
-    def _found(self, life: Life, target: Target, *, never_before: bool, number: int | None = None) -> None:
-        """Promise 3: it was found; ``never_before``: it must not have been when the call began."""
-        if target.shared:
-            return
-        if never_before and self._oracle.must_not_see(life, target.block, target.name):
-            raise BrokenPromise(3, f"{target} was deleted and is back in life {life.number}")
-
-    def must(self, life: Life, target: Target) -> bool:
-        if target.shared:
-            assert target.name is not None
-            return self._oracle.must_resolve(life, target.name)
-        return self._oracle.must_see(life, target.block, target.name)
-
-    def must_not(self, life: Life, target: Target) -> bool:
-        return not target.shared and self._oracle.must_not_see(life, target.block, target.name)
-
-    def missed(self, process: Process, life: Life, target: Target, why: str, *, needed: bool) -> None:
-        """Promise 2: it was not found; ``needed``: it had to be there when the call began."""
-        if not needed or not self.must(life, target):
-            return
-        world = self._world
-        if life.shaken or self._is_blind(life, target, why):
-            return
-        blocks = self._oracle.candidates(target.name) if target.shared and target.name is not None else {target.block}
-        hurt = {block for block in blocks if world.injuries.of_block(block)}
-        if hurt:
-            for block in hurt:
-                self._oracle.give_up(block)
-                world.counts["lost to damage"] += 1
-                world.missed_after_injury.add(block)
-            world.met("missed, reported", process)
-            return
-        if ("read_seconds_max" in why or "has not answered" in why) and (
-            process.recent("slow", "stuck", within_s=STUCK_S[1]) or self._may_be_full(process)
-        ):
-            world.met("miss", process)
-            return
-        evicted = world.evicted_so_far()
-        if target.shared and evicted:
-            return  # which of its blocks was evicted is not told
-        if self._oracle.evictions_seen < evicted:
-            self._oracle.evictions_seen += 1
-            self._oracle.give_up(target.block)
-            return
-        raise BrokenPromise(2, f"{target} is missing in life {life.number}: {why}")
-
-    def _is_blind(self, life: Life, target: Target, why: str) -> bool:
-        """Whether only open segments of others can have it, of which nothing can be told (see ``oracle``)."""
-        blocks = {target.block}
-        if target.shared and target.name is not None:
-            blocks = self._oracle.candidates(target.name)
-        puts = [put for block in blocks for put in self._oracle.puts[block] if put.stored is True and not put.void]
-        if any(put.life is life and put.firm for put in puts):
-            return False
-        if len(self._world.processes) > 1 and self._world.injuries.found:
-            return True
-        if "not on stable storage when it was seen" in why and not all(put.durable for put in puts):
-            life.blind.update(dict.fromkeys(blocks, life.heard))
-        return any(life.blind.get(block) == life.heard for block in blocks)
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -268,18 +122,14 @@ class Client:
         if not put.life.ended:
             self._oracle.put_ends(put, stored=False)
 
-    async def _do_put_cancelled(self, process: Process, life: Life, store: Store, step: Step) -> str:
-        put = asyncio.ensure_future(self._do_put(process, life, store, step))
-        return await self._cancelled(put, step)
-
     async def _cancelled(self, task: asyncio.Task[Any], step: Step) -> str:
         """Cancel an operation after some turns of the loop or some time; what came of it."""
         try:
             if step.choice % 3:
-                for _ in range(step.choice % 23):
+                for _ in range(step.choice % (TURNS_MAX if step.choice % 2 else FEW_TURNS_MAX)):
                     await asyncio.sleep(0)
             else:
-                await asyncio.sleep(step.amount * 0.02)
+                await asyncio.sleep(step.amount * SECONDS_MAX)
         finally:
             task.cancel()
             await asyncio.wait((task,))
@@ -325,7 +175,7 @@ class Client:
         except BlockNotFoundError as error:
             self.missed(process, life, target, str(error), needed=needed)
             return "missing"
-        self._found(life, target, never_before=never)
+        self.found(process, life, target, never_before=never)
         self._oracle.deleted(life, step.block)
         if target.key() in store:
             raise BrokenPromise(3, f"block {step.block} is there right after it was deleted")
@@ -350,14 +200,17 @@ class Client:
 
     async def _get(self, process: Process, life: Life, store: Store, step: Step, target: Target) -> str:
         needed, never = self.must(life, target), self.must_not(life, target)
+        winner = self.winner(process, life, target)
         began_s = self._world.loop.time()
         deadline_s = self._world.plan.settings["read_seconds_max"]
         process.pins += 1
         try:
             async with store.get(target.key()) as block:
                 self._check_deadline(began_s, deadline_s, target)
-                self._found(life, target, never_before=never)
-                self.check_bytes(block, target)
+                self.found(process, life, target, never_before=never)
+                found = self.check_bytes(block, target)
+                if winner not in (None, found.number) and self.winner(process, life, target) == winner:
+                    raise BrokenPromise(1, f"{target} gave block {found.number}, but {winner} was first")
                 await asyncio.sleep(0)
                 self.check_bytes(block, target)
         except BlockNotFoundError as error:
@@ -365,9 +218,10 @@ class Client:
             self.missed(process, life, target, str(error), needed=needed)
             return "miss"
         except CorruptionError:
-            if not self._world.injuries.of_block(target.block) and not target.shared:
+            if not (self._world.injuries.of_block(target.block) or target.shared or process.misread):
                 raise BrokenPromise(2, f"{target} is damaged, and the medium did not damage it") from None
-            self._oracle.give_up(target.block)
+            if not process.misread:
+                self._oracle.give_up(target.block)
             raise
         finally:
             process.pins -= 1
@@ -376,10 +230,6 @@ class Client:
     def _check_deadline(self, began_s: float, deadline_s: float | None, target: Target) -> None:
         if deadline_s is not None and self._world.loop.time() > began_s + deadline_s + READ_GRACE_S:
             raise BrokenPromise(5, f"{target} took {self._world.loop.time() - began_s:.1f} s, deadline {deadline_s} s")
-
-    async def _do_get_cancelled(self, process: Process, life: Life, store: Store, step: Step) -> str:
-        get = asyncio.ensure_future(self._do_get(process, life, store, step))
-        return await self._cancelled(get, step)
 
     async def _do_get_prefix(self, process: Process, life: Life, store: Store, step: Step) -> str:
         names = [name for name in (0, -1, 1, -2) if step.choice >> (4 - name) & 1]
@@ -403,9 +253,10 @@ class Client:
             self.missed(process, life, target, str(error), needed=needed)
             return "miss"
         except CorruptionError:
-            self._oracle.give_up(target.block)
+            if not process.misread:
+                self._oracle.give_up(target.block)
             raise
-        self._found(life, target, never_before=never)
+        self.found(process, life, target, never_before=never)
         if (bytes(key), bytes(value)) != (wanted.key, wanted.value):
             raise BrokenPromise(1, f"read_into of block {step.block} gave other bytes than were put")
         self._world.counts["bytes verified"] += wanted.nbytes
@@ -486,7 +337,7 @@ class Client:
                 target = Target(block, name)
                 if target.key() in store:
                     present += name is None
-                    self._found(life, target, never_before=True)
+                    self.found(process, life, target, never_before=True)
                 else:
                     self.missed(process, life, target, "it is not in the index", needed=True)
         return present
@@ -498,8 +349,8 @@ class Client:
         return f"{report.blocks} blocks, {len(report.damage)} damaged"
 
     async def _do_compact(self, process: Process, life: Life, store: Store, step: Step) -> str:
-        compact = getattr(store, "compact", None)
-        if compact is None:
-            return "cannot"
-        await compact()
+        await store.compact()
         return "compacted"
+
+    async def _do_adopt(self, process: Process, life: Life, store: Store, step: Step) -> str:
+        return f"{len((await store.adopt()).writers)} adopted"

@@ -29,7 +29,8 @@ _CANCELLED = -errno.ECANCELED
 class Treatment:
     """What becomes of one request. ``code``: errno it ends with, 0 for none. ``move_bytes``: how much of it is
     moved at most, the rest is left to a next one. ``stubborn``: it is not given up when the engine asks.
-    ``lost`` and ``misdirected_to`` (an offset in the file): the write is acknowledged and is not there."""
+    ``lost`` and ``misdirected_to`` (an offset in the file): the write is acknowledged and is not there. ``flipped_bit``
+    of what a read gives: the medium is sound, this one answer is not."""
 
     delay_s: float = 0.0
     code: int = 0
@@ -37,6 +38,7 @@ class Treatment:
     stubborn: bool = False
     lost: bool = False
     misdirected_to: int | None = None
+    flipped_bit: int | None = None
 
 
 class Medium(Protocol):
@@ -126,7 +128,7 @@ class SimulatedEngine(TransferEngine):
             return -treatment.code
         nbytes = request.nbytes if treatment.move_bytes is None else min(request.nbytes, treatment.move_bytes)
         if kind is Kind.READ:
-            return _read(request, file, nbytes)
+            return _read(request, file, nbytes, treatment.flipped_bit)
         return self._write(request, file, nbytes, treatment)
 
     def _write(self, request: Request, file: MemoryFile, nbytes: int, treatment: Treatment) -> int:
@@ -165,8 +167,12 @@ def _memory_file(request: Request) -> MemoryFile:
     return file
 
 
-def _read(request: Request, file: MemoryFile, nbytes: int) -> int:
+def _read(request: Request, file: MemoryFile, nbytes: int, flipped_bit: int | None) -> int:
     data = file.inode.read(request.offset, nbytes)
+    if flipped_bit is not None and data:
+        wrong = bytearray(data)
+        wrong[flipped_bit // 8 % len(wrong)] ^= 1 << flipped_bit % 8
+        data = bytes(wrong)
     position = 0
     for view in request.views():
         piece = data[position : position + len(view)]

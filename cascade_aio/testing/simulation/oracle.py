@@ -38,9 +38,10 @@ What is exempt, and why:
 * What the dead have left is read by whoever opens in their directory, and not by its refreshes (FORMAT.md, Recovery):
   after an opening with a failed read in it, what they put may be missing, and what they deleted may be there, until the
   next opening.
-* A name put under several blocks resolves to one of them: first writer wins, by stamps that clients do not see.
-  After a deletion of any of them it may resolve to nothing: rivals that lost are not remembered.
-* Errors are allowed where their cause was injected: see ``actors``.
+* A name put under several blocks resolves to the first, where the calls tell which that is (``winner``), else to one of
+  them: stamps decide, which clients do not see. After a deletion of any of them it may resolve to nothing: puts that
+  were told another block's id have stored nothing.
+* Errors are allowed where their cause was injected: see ``judging``.
 """
 
 from __future__ import annotations
@@ -287,6 +288,20 @@ class Oracle:
         if any(self.deletes.get(block) for block in candidates):
             return False
         return any(self.must_see(life, block, name) for block in candidates)
+
+    def winner(self, life: Life, name: int) -> int | None:
+        """The block that a shared name has to name, if the calls tell: all that put it under this name had ended before
+        any other block was. ``None``: stamps decide, or a deletion does."""
+        claims: dict[int, list[Put]] = {}
+        for block, puts in self.puts.items():
+            if found := [put for put in puts if put.name == name and not put.void]:
+                claims[block] = found
+        if self._skewed or not claims or any(self.deletes.get(block) for block in claims):
+            return None
+        first = min(claims, key=lambda block: claims[block][0].began)
+        ended = [put.ended for put in claims.pop(first)]
+        later = min((put.began for puts in claims.values() for put in puts), default=max(ended) + 1)
+        return first if all(0 < at < later for at in ended) and self.must_see(life, first, name) else None
 
     # -- what ends promises ------------------------------------------------------------------------
 

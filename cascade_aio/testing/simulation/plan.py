@@ -22,6 +22,9 @@ LARGE_FROM = 40
 SHARED_NAMES = 4
 """Prefix keys that any block may be put under; every other name belongs to one block."""
 
+INDEX_BLOCKS_SMALL = 12
+"""Blocks of an index that some runs fill; a setting allows no fewer than 1024."""
+
 STEPS_MIN = 60
 STEPS_MAX = 150
 
@@ -84,6 +87,7 @@ WEATHER = {
     "again": 0.4,
     "slow": 0.5,
     "stuck": 0.1,
+    "misread": 0.2,
 }
 """Faults that come and go, with the share of requests that they hit while they last."""
 
@@ -107,8 +111,23 @@ _DAILY = {
     "prefetch": 4,
     "rest": 5,
     "look": 4,
+    "flush-cancelled": 1.5,
+    "adopt": 0.5,
+    "adopt-cancelled": 0.5,
 }
 """Weights of what clients do."""
+
+_SELDOM = {
+    "power-loss": 1.0,
+    "kill": 1.0,
+    "reopen": 1.0,
+    "reopen-cancelled": 0.5,
+    "verify": 0.3,
+    "verify-cancelled": 0.3,
+    "compact": 1.0,
+    "compact-cancelled": 0.7,
+}
+"""Weights of what befalls the world, or is done seldom."""
 
 
 def make_plan(seed: int) -> Plan:
@@ -130,7 +149,7 @@ def make_plan(seed: int) -> Plan:
         "bytes_in_flight_max": 8 * MIB,
         "read_seconds_max": rng.choice((None, None, 0.5)),
         "eviction": rng.choice(("prefix-lru", "prefix-lru", "hit-density")),
-        "index_blocks_max": 1024,
+        "index_blocks_max": rng.choice((INDEX_BLOCKS_SMALL, *7 * [1024])),
         "stripe": "off",
     }
     clients = rng.randrange(1, 4)
@@ -161,25 +180,35 @@ def _faults(rng: random.Random, processes: int) -> frozenset[str]:
     return frozenset(found)
 
 
-def _steps(rng: random.Random, processes: int, clients: int, faults: frozenset[str], *, budget: bool) -> list[Step]:
-    count = rng.randrange(STEPS_MIN, STEPS_MAX)
-    weights = dict(_DAILY)
-    world: dict[str, float] = {"power-loss": 1.0, "kill": 1.0, "reopen": 1.0, "verify": 0.3, "compact": 1.0}
+def _weights(
+    rng: random.Random, processes: int, faults: frozenset[str], *, budget: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """How often clients do what, and what befalls the world."""
+    weights: dict[str, float] = dict(_DAILY)
+    world: dict[str, float] = dict(_SELDOM)
     if processes > 1:
         world["host-loss"] = 0.7
-        weights["refresh"] = 8
+        weights |= {"refresh": 8, "refresh-cancelled": 1.5}
     if budget:
         weights["put-large"] = 30
     elif rng.random() < 0.3:
         weights["put-large"] = 8
-    weather = sorted(kind for kind in faults if kind in WEATHER)
-    damage = sorted(kind for kind in faults if kind in DAMAGE)
-    if weather:
+    if not faults.isdisjoint(WEATHER):
         world["weather"] = 4.0
-    if damage:
-        world["damage"] = 2.0
+    if not faults.isdisjoint(DAMAGE):
+        world |= {"damage": 2.0, "repair": 1.0}
+    elif rng.random() < 0.1:
+        world["repair"] = 0.5
     if "clock" in faults:
         world["clock"] = 1.0
+    return weights, world
+
+
+def _steps(rng: random.Random, processes: int, clients: int, faults: frozenset[str], *, budget: bool) -> list[Step]:
+    count = rng.randrange(STEPS_MIN, STEPS_MAX)
+    weights, world = _weights(rng, processes, faults, budget=budget)
+    weather = sorted(kind for kind in faults if kind in WEATHER)
+    damage = sorted(kind for kind in faults if kind in DAMAGE)
     world_share = rng.uniform(0.03, 0.12)
     kinds, shares = list(weights), list(weights.values())
     big, big_shares = list(world), list(world.values())

@@ -28,6 +28,7 @@ FAULT_WORDS = {
     "rot": "bit rot",
     "lost": "write acknowledged and never done",
     "misdirected": "write done in another place",
+    "misread": "read gives wrong bytes once",
     "bad-sector": "page that cannot be read any more",
 }
 _FAILURES_LISTED_MAX = 100

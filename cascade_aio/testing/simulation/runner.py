@@ -23,21 +23,26 @@ from typing import Any
 
 import async_solipsism
 
+from cascade_aio import config
 from cascade_aio.errors import BrokenTierError, CascadeError, TierFullError
 from cascade_aio.segments.hosts import Host
 from cascade_aio.store import opening
+from cascade_aio.store.merging import PROVISIONAL
 from cascade_aio.store.store import Store
-from cascade_aio.testing.simulation.clients import OPERATION_S_MAX, WEATHER_S_MAX, Client
-from cascade_aio.testing.simulation.contents import content
+from cascade_aio.testing.simulation.clients import OPERATION_S_MAX, Client
+from cascade_aio.testing.simulation.contents import content, name_key
+from cascade_aio.testing.simulation.judging import WEATHER_S_MAX
 from cascade_aio.testing.simulation.loop import LivelockError, SimulationLoop, end_tasks, tasks_of
-from cascade_aio.testing.simulation.oracle import BrokenPromise, Life
+from cascade_aio.testing.simulation.oracle import BrokenPromise
 from cascade_aio.testing.simulation.plan import DAMAGE, WEATHER, Plan, Step, make_plan
-from cascade_aio.testing.simulation.storage import SimulatedStorage
 from cascade_aio.testing.simulation.world import HOST, ROOT, Process, World
 from cascade_aio.testing.world import check_idle, check_invariants, settle
 
 QUIET_S = 200.0
 """After this much virtual time without a call, nothing is under way any more."""
+
+GIVE_UP_OPENING_S_MAX = 0.05
+GIVE_UP_REPAIR_S_MAX = 0.2
 
 RUN_S_MAX = 20_000.0
 """Virtual seconds of a run."""
@@ -140,6 +145,7 @@ def _isolated(seed: int, loop: SimulationLoop, unraisable: list[str]) -> Iterato
             warnings.catch_warnings(),
             unittest.mock.patch("uuid.uuid4", new_uuid),
             unittest.mock.patch.object(opening, "this_host", _host_of_context),
+            unittest.mock.patch.dict(config._RANGES, index_blocks_max=config._Range(1, 1 << 30)),
         ):
             warnings.simplefilter("error", RuntimeWarning)
             warnings.simplefilter("ignore", ResourceWarning)
@@ -240,6 +246,13 @@ class _Run:
         elif step.kind == "reopen":
             await self._close(process, quietly=step.choice % 3 > 0)
             await process.open()
+        elif step.kind == "reopen-cancelled":
+            await self._close(process, quietly=step.choice % 2 > 0, give_up_s=step.choice % 50 / 1000)
+            await process.open(give_up_s=step.amount * GIVE_UP_OPENING_S_MAX)
+        elif step.kind == "repair":
+            await self._close(process, quietly=False)
+            await process.repair(give_up_s=step.amount * GIVE_UP_REPAIR_S_MAX if step.choice % 3 == 0 else None)
+            await process.open()
         elif step.kind == "kill":
             await world.kill(process)
             await self._restart([process], step)
@@ -264,8 +277,9 @@ class _Run:
         for process in world.processes:
             process.last_fault_s["no-space"] = world.loop.time()
 
-    async def _close(self, process: Process, *, quietly: bool) -> None:
-        """``quietly``: after all calls have ended. Otherwise in the midst of them."""
+    async def _close(self, process: Process, *, quietly: bool, give_up_s: float | None = None) -> None:
+        """``quietly``: after all calls have ended. Otherwise in the midst of them. ``give_up_s``: cancelled then, which
+        closes it all the same."""
         world, life, store = self._world, process.life, process.store
         if life is None or store is None or process.closing:
             return
@@ -279,14 +293,19 @@ class _Run:
         began = self._oracle.now()
         world.log("closing", process.slot, life.number)
         task = process.spawn(store.aclose())
-        await asyncio.wait((task,))
+        await asyncio.wait((task,), timeout=give_up_s)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
         if life.ended:
             return
         process.closing = False
         process.store = None
         world.gather_reports(store)
         error = None if task.cancelled() else task.exception()
-        if error is None:
+        if task.cancelled():
+            world.log("close cut short", process.slot)  # whether all became durable is not told
+        elif error is None:
             self._oracle.flushed(life, began)
         elif not isinstance(error, OSError | TierFullError | BrokenTierError) or not (
             process.write_faults or process.last_fault_s or world.short_of_space
@@ -300,7 +319,7 @@ class _Run:
         assert storage is not None
         if process.operations:
             await asyncio.wait(list(process.operations), timeout=OPERATION_S_MAX)
-        self._check_nothing_left(storage, life)
+        process.check_nothing_left(storage, life)
 
     async def _quiet(self, process: Process, store: Store) -> None:
         """Wait until no call is under way, then see that nothing is held."""
@@ -316,24 +335,6 @@ class _Run:
         except (CascadeError, asyncio.CancelledError):
             return
         await settle()
-
-    def _check_nothing_left(self, storage: SimulatedStorage, life: Life) -> None:
-        """Promise 4, for a process that has closed its store."""
-        world = self._world
-        if storage.open_files:
-            raise BrokenPromise(4, f"open files are left: {[file.path for file in storage.open_files]}")
-        if held := [lock.path for lock in storage._locks if lock.path in world.disk.locked and lock.held]:
-            raise BrokenPromise(4, f"locks are left: {held}")
-        if left := tasks_of(life):
-            raise BrokenPromise(4, f"tasks are left: {left}")
-        engine = storage.engine
-        if engine.statistics()["requests_in_flight"] or engine.statistics()["queued"]:
-            raise BrokenPromise(4, f"requests are left: {engine.statistics()}")
-        limits = engine.limits
-        if engine.requests_in_flight_worst > limits.requests_in_flight_max:
-            raise BrokenPromise(4, f"{engine.requests_in_flight_worst} requests were in flight at once")
-        if engine.bytes_in_flight_worst > max(limits.bytes_in_flight_max, limits.request_bytes_max):
-            raise BrokenPromise(4, f"{engine.bytes_in_flight_worst} bytes were in flight at once")
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -361,12 +362,40 @@ class _Run:
         await settle()
         check_idle(store)
         self._check_budget(process, store)
-        await self._close(process, quietly=False)
+        await self._check_reopening(process, store)
         self._check_files(process)
         if tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
             others = [task for task in tasks if getattr(task, "owner", None) is not None]
             if others:
                 raise BrokenPromise(4, f"tasks are left at the end: {others}")
+
+    async def _check_reopening(self, process: Process, store: Store) -> None:
+        """Promises 2 and 3: with all at rest, the next opening finds the blocks and names that this one had.
+
+        Not with a budget: what was evicted may come back.
+        """
+        before = self._known(store)
+        doubtful = self._judge.knows_less(process) or bool(self._world.injuries.found)
+        await self._close(process, quietly=False)
+        await process.open()
+        assert process.store is not None
+        after = self._known(process.store)
+        if before != after and not doubtful and not self._world.evicted_so_far():
+            different = {what: (before.get(what), after.get(what)) for what in before.keys() | after.keys()}
+            raise BrokenPromise(2, f"reopened, it knows {[d for d in different.items() if d[1][0] != d[1][1]]}")
+        await self._close(process, quietly=False)
+
+    def _known(self, store: Store) -> dict[tuple[int, int | None], bytes]:
+        """By block and name: what the store finds under it, as its index says. Not what may be torn: a read tells."""
+        index = store._context.catalog.index
+        found: dict[tuple[int, int | None], bytes] = {}
+        for block, puts in self._oracle.puts.items():
+            for name in {None, *(put.name for put in puts)}:
+                key = content(block).block_id if name is None else name_key(block, name)
+                row = index.find(key) if name is None else index.find_prefix(key)
+                if row >= 0 and not index.flags(row) & PROVISIONAL:
+                    found[block, name] = bytes(index.block_id(row))
+        return found
 
     async def _read_everything(self, process: Process) -> None:
         for block in sorted(self._oracle.puts):
@@ -377,7 +406,8 @@ class _Run:
         """Promise 2: what the medium took was reported, and nothing was reported without damage."""
         world = self._world
         for report in world.reports:
-            if report.path not in world.injuries.paths and "unreadable" not in report.text and not report.torn:
+            known = report.path in world.injuries.paths or world.was_misread(report.path)
+            if not known and "unreadable" not in report.text and not report.torn:
                 raise BrokenPromise(2, f"damage was reported where there is none: {report.text} ({report.path})")
         for block in sorted(world.missed_after_injury):
             injuries = [injury for injury in world.injuries.of_block(block) if injury.promised]

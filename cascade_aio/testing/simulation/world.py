@@ -29,10 +29,12 @@ from cascade_aio.io.transfer import Kind
 from cascade_aio.segments.footer import TRAILER_MAGIC
 from cascade_aio.segments.hosts import Host
 from cascade_aio.store.opening import open_with
+from cascade_aio.store.repairing import RepairReport, repair_root
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import MemoryDisk, MemoryEngine, MemoryFile
+from cascade_aio.testing.simulation.contents import number_of
 from cascade_aio.testing.simulation.device import Treatment
-from cascade_aio.testing.simulation.loop import OWNER, end_tasks
+from cascade_aio.testing.simulation.loop import OWNER, end_tasks, tasks_of
 from cascade_aio.testing.simulation.media import Injuries
 from cascade_aio.testing.simulation.oracle import BrokenPromise, Life, Oracle
 from cascade_aio.testing.simulation.plan import WEATHER, Plan
@@ -51,6 +53,9 @@ STUCK_S = (20.0, 90.0)
 CALL_LATENCIES_S = (0.0, 0.0, 0.0, 0.0005)
 OPEN_ATTEMPTS_MAX = 40
 """A store that could not be opened is tried again every second; weather does not last that long."""
+
+LIMITS = EngineLimits()
+"""Of a repair."""
 
 WALL_NS = 1_700_000_000_000_000_000
 _DAMAGE = re.compile(r" in (\S+?)(?: at offset (\d+))?(?: \(|$|:)")
@@ -103,6 +108,9 @@ class Process:
         self.read_faults = 0
         self.write_faults = 0
         self.write_faults_before_opening = 0
+        self.misread = False
+        """A read has given wrong bytes to the store that is open now."""
+        self.index_was_full = False
 
     # -- what happens to its requests
 
@@ -118,7 +126,7 @@ class Process:
                 treatment.code = self._fault("bad-sector", errno.EIO)
                 return treatment
         if weather:
-            self._under_weather(kind, nbytes, treatment)
+            self._under_weather(kind, file.path, offset, nbytes, treatment)
         if self.next_lie and kind is Kind.WRITE and file.path.endswith(".seg") and not treatment.code and offset:
             if self.next_lie == "lost":
                 treatment.lost = True
@@ -128,7 +136,7 @@ class Process:
             self.next_lie = ""
         return treatment
 
-    def _under_weather(self, kind: Kind, nbytes: int, treatment: Treatment) -> None:
+    def _under_weather(self, kind: Kind, path: str, offset: int, nbytes: int, treatment: Treatment) -> None:
         rng = self.world.rng
         if self._raining("slow"):
             self._fault("slow", 0)
@@ -146,6 +154,15 @@ class Process:
             treatment.move_bytes = rng.randrange(1, nbytes // PAGE_BYTES) * PAGE_BYTES
         if self._raining("again"):
             treatment.code = self._fault("again", rng.choice((errno.EAGAIN, errno.EINTR)))
+        if (
+            kind is Kind.READ
+            and self._raining("misread")
+            and self.world.misreads.isdisjoint(_pages(path, offset, nbytes))
+        ):
+            self.world.misreads.update(_pages(path, offset, nbytes))  # read again it is right
+            self.misread = True
+            treatment.flipped_bit = rng.randrange(8 * nbytes)
+            self._fault("misread", 0)
         if kind is Kind.READ and self._raining("eio-read"):
             treatment.code = self._fault("eio-read", errno.EIO)
         if kind is Kind.WRITE and self._raining("eio-write"):
@@ -176,7 +193,7 @@ class Process:
         world = self.world
         world.injected[kind] += 1
         self.last_fault_s[kind] = world.loop.time()
-        self.read_faults += kind in ("eio-read", "eio-call", "bad-sector")
+        self.read_faults += kind in ("eio-read", "eio-call", "bad-sector", "misread")
         self.write_faults += kind in ("eio-write", "eio-sync", "eio-call")
         return code
 
@@ -191,14 +208,17 @@ class Process:
     def is_open(self) -> bool:
         return self.store is not None and not self.closing
 
-    async def open(self) -> bool:
-        """Open a store in it; ``False`` if the process was killed meanwhile or weather kept it from opening."""
+    async def open(self, *, give_up_s: float | None = None) -> bool:
+        """Open a store in it; ``False`` if the process was killed meanwhile or weather kept it from opening.
+
+        ``give_up_s``: the first attempt is cancelled after so long.
+        """
         if self.store is not None or self.opening:
             return False
         self.opening = True
         try:
             for _ in range(OPEN_ATTEMPTS_MAX):
-                outcome = await self._open_once()
+                outcome, give_up_s = await self._open_once(give_up_s), None
                 if outcome is not None:
                     return outcome
                 await asyncio.sleep(1.0)
@@ -206,12 +226,13 @@ class Process:
             self.opening = False
         raise BrokenPromise(5, f"process {self.slot} could not be opened in {OPEN_ATTEMPTS_MAX} attempts")
 
-    async def _open_once(self) -> bool | None:
+    async def _open_once(self, give_up_s: float | None) -> bool | None:
         """``None``: failed for a reason that may pass."""
         world = self.world
         settings = world.plan.settings
         config = make_config(ROOT, **settings)
         life = self.life = world.oracle.born(self.slot, budget=config.disk_bytes is not None)
+        self.misread = False
         limits = EngineLimits(
             request_bytes_max=config.request_bytes_max,
             requests_in_flight_max=config.requests_in_flight_max,
@@ -223,7 +244,11 @@ class Process:
         self.write_faults_before_opening = self.write_faults
         world.log("open", self.slot, life.number)
         task = self.spawn(open_with(config, platform=platform, arena=PrivateArena(config.shm_bytes)))
-        await asyncio.wait((task,))
+        await asyncio.wait((task,), timeout=give_up_s)
+        given_up = not task.done()
+        if given_up:
+            task.cancel()
+            await asyncio.wait((task,))
         if life.ended:
             return False
         if not task.cancelled() and task.exception() is None:
@@ -236,11 +261,87 @@ class Process:
         world.oracle.look_ends(life, token, counts=False)
         world.oracle.died(life)
         world.log("not opened", self.slot, life.number, type(error).__name__)
+        self.check_nothing_left(storage, life)
+        if given_up and task.cancelled():
+            return None
         trouble = faults != self.read_faults or self.recent(*WEATHER, within_s=5.0) or world.short_of_space
         if not isinstance(error, OSError | CascadeError) or not trouble:
             raise BrokenPromise(2, f"process {self.slot} cannot open its root: {error!r}") from error
         world.met("error to the caller", self)
         return None
+
+    async def repair(self, *, give_up_s: float | None) -> None:
+        """Repair the root in this process, which has no store open; ``give_up_s``: cancelled after so long."""
+        world = self.world
+        if self.store is not None or self.opening:
+            return
+        self.opening = True
+        config = dataclasses.replace(make_config(ROOT, **world.plan.settings), disk_bytes=None)
+        life = self.life = world.oracle.born(self.slot, budget=False)
+        self.misread = False
+        storages: list[SimulatedStorage] = []
+
+        def make_platform() -> Platform:
+            self.storage = world.new_storage(self, LIMITS)
+            storages.append(self.storage)
+            return Platform(self.storage, MemoryEngine(), self.clock)
+
+        make_platform()
+        world.log("repair", self.slot, life.number)
+        faults = self.read_faults, self.write_faults
+        task = self.spawn(repair_root(config, make_platform=make_platform))
+        await asyncio.wait((task,), timeout=give_up_s)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+        self.opening = False
+        if life.ended:
+            return
+        world.oracle.died(life)
+        for storage in storages[1:]:
+            self.check_nothing_left(storage, life)
+        if task.cancelled():
+            world.log("repair cut short", self.slot)
+        elif (error := task.exception()) is not None:
+            trouble = faults != (self.read_faults, self.write_faults) or self.recent(*WEATHER, within_s=STUCK_S[1])
+            if not isinstance(error, OSError | CascadeError) or not (trouble or world.short_of_space):
+                raise BrokenPromise(2, f"process {self.slot} cannot repair its root: {error!r}") from error
+            world.met("error to the caller", self)
+        else:
+            world.log("repaired", self.slot, *self._judged(task.result(), faults))
+
+    def _judged(self, report: RepairReport, faults: tuple[int, int]) -> tuple[int, ...]:
+        """What it reports as lost was damaged, and where nobody was in its way nothing wrong is left."""
+        world = self.world
+        numbers = number_of()
+        for error in [*report.before.damage, *report.remaining.damage]:
+            world.note_report(str(error))
+        for lost in report.lost_blocks:
+            number = numbers[bytes.fromhex(lost.block_id)]
+            if not world.injuries.of_block(number) and not self.misread:
+                raise BrokenPromise(2, f"repair says that block {number} is lost, which nothing has damaged")
+            world.oracle.give_up(number)
+        alone = all(other.store is None and not other.opening for other in world.processes)
+        if alone and not world.plan.shared and faults == (self.read_faults, self.write_faults) and not report.clean:
+            raise BrokenPromise(2, f"repaired, and not clean: {report.left}, {report.remaining}")
+        return len(report.quarantined), len(report.lost_blocks), len(report.left)
+
+    def check_nothing_left(self, storage: SimulatedStorage, life: Life) -> None:
+        """Promise 4, after a store was closed, or not opened after all."""
+        if storage.open_files:
+            raise BrokenPromise(4, f"open files are left: {[file.path for file in storage.open_files]}")
+        if held := [lock.path for lock in storage._locks if lock.path in self.world.disk.locked and lock.held]:
+            raise BrokenPromise(4, f"locks are left: {held}")
+        if left := tasks_of(life):
+            raise BrokenPromise(4, f"tasks are left: {left}")
+        engine = storage.engine
+        if engine.statistics()["requests_in_flight"] or engine.statistics()["queued"]:
+            raise BrokenPromise(4, f"requests are left: {engine.statistics()}")
+        limits = engine.limits
+        if engine.requests_in_flight_worst > limits.requests_in_flight_max:
+            raise BrokenPromise(4, f"{engine.requests_in_flight_worst} requests were in flight at once")
+        if engine.bytes_in_flight_worst > max(limits.bytes_in_flight_max, limits.request_bytes_max):
+            raise BrokenPromise(4, f"{engine.bytes_in_flight_worst} bytes were in flight at once")
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run ``work`` in this process: it dies with it."""
@@ -281,6 +382,8 @@ class World:
         self.oracle = Oracle(skewed=plan.skewed)
         self.injuries = Injuries()
         self.bad_pages: dict[str, set[int]] = {}
+        self.misreads: set[tuple[str, int]] = set()
+        """(path, page) that was read wrongly once."""
         self.boots = [1] * (max(plan.hosts) + 1)
         self.processes = [Process(self, slot, machine) for slot, machine in enumerate(plan.hosts)]
         for process, skew_s in zip(self.processes, plan.skew_s, strict=True):
@@ -360,6 +463,10 @@ class World:
         if found is None:
             raise BrokenPromise(2, f"a report of damage without path: {text}")
         self.reports.setdefault(Report(found[1], None if found[2] is None else int(found[2]), text))
+
+    def was_misread(self, path: str) -> bool:
+        """Whether a read of this file has given wrong bytes."""
+        return any(path == other for other, _ in self.misreads)
 
     # -- what befalls it
 
@@ -450,3 +557,7 @@ class World:
         for process in self.processes:
             process.weather.clear()
             process.next_lie = ""
+
+
+def _pages(path: str, offset: int, nbytes: int) -> set[tuple[str, int]]:
+    return {(path, page) for page in range(offset // PAGE_BYTES, -(-(offset + nbytes) // PAGE_BYTES))}
