@@ -37,7 +37,7 @@ from cascade_aio.core.remote_operations import (
     read,
     withdraw,
 )
-from cascade_aio.segments.pieces import plain_pieces
+from cascade_aio.tiers.remote.reading import remote_pieces
 
 NODES_MAX = 4096
 """A simulation of more takes hours and gigabytes."""
@@ -228,7 +228,7 @@ class _Node:
     def _get(self, name: bytes, block: bytes, listings: Sequence[Listing]) -> Script:
         started_s = self.cluster.now_s
         into = _scratch(self.record_bytes)
-        pieces = plain_pieces(HEADER_PAGES * PAGE_BYTES, self.record_bytes)
+        pieces = remote_pieces(HEADER_PAGES * PAGE_BYTES, self.record_bytes)
         for listing in in_turn(self.rank, name, [each for each in listings if each.rank != self.rank])[:2]:
             end: ReadEnd = yield read(listing, into, pieces, _heard)
             if end is ReadEnd.VALID:

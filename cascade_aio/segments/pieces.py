@@ -19,9 +19,9 @@ Piece = tuple[int, int]
 """First byte and end within the record."""
 
 
-def plain_pieces(header_bytes: int, record_bytes: int) -> list[Piece]:
-    """Front to back, as large as they may be."""
-    cuts = [0, *range(header_bytes + PIECE_BYTES_MAX, record_bytes, PIECE_BYTES_MAX), record_bytes]
+def plain_pieces(header_bytes: int, record_bytes: int, piece_bytes: int = PIECE_BYTES_MAX) -> list[Piece]:
+    """Front to back, as large as they may be: a multiple of ``CHUNK_BYTES``."""
+    cuts = [0, *range(header_bytes + piece_bytes, record_bytes, piece_bytes), record_bytes]
     return list(itertools.pairwise(cuts))
 
 

@@ -56,7 +56,7 @@ class Fetcher:
         self._catalog = context.catalog
         self._tier = tier
         self._flights: dict[bytes, _Flight] = {}
-        self._asked: dict[bytes, asyncio.Future[list[Listing]]] = {}
+        self._asked: dict[bytes, list[asyncio.Future[list[Listing]]]] = {}
 
     @property
     def serves(self) -> bool:
@@ -207,20 +207,20 @@ class Fetcher:
             return []
         if not self._asked:
             self._context.loop.call_soon(self._ask)
-        future = self._asked.get(name)
-        if future is None:
-            future = self._asked[name] = self._context.loop.create_future()
-        return await asyncio.shield(future)
+        future: asyncio.Future[list[Listing]] = self._context.loop.create_future()
+        self._asked.setdefault(name, []).append(future)
+        return await future
 
     def _ask(self) -> None:
         asked, self._asked = self._asked, {}
         self._context.tasks.spawn(self._answer(asked), name="cascade-lookup")
 
-    async def _answer(self, asked: dict[bytes, asyncio.Future[list[Listing]]]) -> None:
+    async def _answer(self, asked: dict[bytes, list[asyncio.Future[list[Listing]]]]) -> None:
         answers: list[list[Listing]] = [[] for _ in asked]
         try:
             answers = await self.lookup(list(asked))
         finally:
-            for future, answer in zip(asked.values(), answers, strict=True):
-                if not future.done():
-                    future.set_result(answer)
+            for futures, answer in zip(asked.values(), answers, strict=True):
+                for future in futures:
+                    if not future.done():
+                        future.set_result(answer)

@@ -267,12 +267,14 @@ class MpiGroup:
         for call in list(self._under_way):
             self._fail(call, BrokenTierError(f"the MPI thread has ended: {self._failure!r}; open the store again"))
 
-    def _ended(self, call: Call[Any], outcome: object, error: Exception | None) -> None:
+    def _ended(self, call: Call[Any], outcome: object, error: Exception | None, *, settled: bool) -> None:
         if not call.outcome.done():
             if error is None:
                 call.outcome.set_result(outcome)
             else:
                 call.outcome.set_exception(error)
+        if settled:
+            self._settled(call)
 
     def _settled(self, call: Call[Any]) -> None:
         self._under_way.discard(call)
@@ -355,10 +357,9 @@ class MpiGroup:
             outcome = end.value
         except Exception as unforeseen:
             error = BrokenTierError(f"a remote operation failed: {unforeseen!r}; please report this")
-        self._tell(lambda: self._ended(call, outcome, error))
         running.ended = True
-        if not running.aside:
-            self._tell(lambda: self._settled(call))
+        settled = not running.aside
+        self._tell(lambda: self._ended(call, outcome, error, settled=settled))
         return False
 
     def _issue(self, running: _Running) -> bool:

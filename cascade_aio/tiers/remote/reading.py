@@ -20,8 +20,16 @@ from cascade_aio.core.remote_directory import Listing
 from cascade_aio.core.remote_operations import ReadEnd, read
 from cascade_aio.errors import ConfigError, CorruptionError
 from cascade_aio.segments.format import BLOCK, CHUNK_BYTES, RecordHeader, decode_record_anywhere
-from cascade_aio.segments.pieces import plain_pieces
+from cascade_aio.segments.pieces import Piece, plain_pieces
 from cascade_aio.tiers.remote.group import Call, RmaGroup
+
+PIECE_BYTES = 4 << 20
+"""Of one get: a piece is verified while the next arrives, so the last one alone is waited for."""
+
+
+def remote_pieces(header_bytes: int, record_bytes: int) -> list[Piece]:
+    """In which pieces a record is taken."""
+    return plain_pieces(header_bytes, record_bytes, PIECE_BYTES)
 
 
 class Torn(enum.Enum):
@@ -43,19 +51,23 @@ class RemoteRead:
         self._digest = digest
         self._header_bytes = listing.header_pages * PAGE_BYTES
         self._checks: dict[int, asyncio.Task[tuple[int, ...]]] = {}
+        self._crcs: tuple[int, ...] | None = None
         self._given_up = False
-        pieces = plain_pieces(self._header_bytes, listing.record_bytes)
+        pieces = remote_pieces(self._header_bytes, listing.record_bytes)
+        self._in_one = len(pieces) == 1  # nothing arrives later that could be waited for meanwhile
         self.call: Call[ReadEnd] = group.submit(read(listing, memory, pieces, self._landed))
 
     def _landed(self, first: int, end: int) -> None:
         payload = self._memory[max(first, self._header_bytes) : end]
-        if not self._given_up and len(payload):
-            work = self._engine.checksum(payload, CHUNK_BYTES)
-            self._checks[first] = asyncio.get_running_loop().create_task(_run(work))
+        if not self._given_up and not self._in_one:
+            self._checks[first] = asyncio.ensure_future(_run(self._engine.checksum(payload, CHUNK_BYTES)))
 
     async def judged(self) -> RecordHeader | Torn:
         """The verified header. After the call's outcome was ``VALID``."""
         crcs: list[int] = []
+        if self._in_one and self._crcs is None:
+            self._crcs = await self._engine.checksum(self._memory[self._header_bytes :], CHUNK_BYTES)
+        crcs += self._crcs or ()
         for first in sorted(self._checks):
             crcs += await self._checks[first]
         header = self._decoded()

@@ -15,6 +15,7 @@ Must not know: catalogs, leases, when a block is worth fetching.
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import itertools
 import json
@@ -152,6 +153,7 @@ class RemoteTier:
         self._hangs = 0
         self._closed = False
         self.counters = RemoteCounters()
+        self._read_bytes_from: collections.Counter[int] = collections.Counter()
         self.on_moved: Callable[[], None] = lambda: None
         """Called when ranks went or came back: names that they kept have another place now."""
 
@@ -287,6 +289,7 @@ class RemoteTier:
             if isinstance(verdict, RecordHeader):
                 counters.reads += 1
                 counters.read_bytes += listing.record_bytes
+                self._read_bytes_from[listing.rank] += listing.record_bytes
                 return verdict
             if verdict is Torn.HEADER and attempts_left:
                 transfer.read_header_again()
@@ -314,13 +317,25 @@ class RemoteTier:
 
     async def _wait(self, outcome: asyncio.Future[T], otherwise: U) -> T | U:
         """The outcome, or ``otherwise`` if there is none; an operation goes on if its caller is cancelled."""
-        done, _ = await asyncio.wait((outcome,), timeout=HANG_FACTOR * self._seconds_max)
-        if not done:
-            if not self._hangs:
-                logger.warning("MPI does not return: the remote tier serves nothing until it does")
-            self._hangs += 1
-            outcome.add_done_callback(self._moves_again)
-            return otherwise
+        loop = asyncio.get_running_loop()
+        verdict: asyncio.Future[bool] = loop.create_future()
+
+        def ended(outcome: asyncio.Future[T]) -> None:
+            if not verdict.done():
+                verdict.set_result(True)
+
+        def hangs() -> None:
+            if not verdict.done():
+                verdict.set_result(False)
+
+        outcome.add_done_callback(ended)
+        watchdog = loop.call_later(HANG_FACTOR * self._seconds_max, hangs)
+        try:
+            if not await verdict:
+                self._note_hang(outcome)
+                return otherwise
+        finally:
+            watchdog.cancel()
         error = outcome.exception()
         if error is None:
             return outcome.result()
@@ -328,6 +343,12 @@ class RemoteTier:
             raise error
         self.counters.refused += 1
         return otherwise
+
+    def _note_hang(self, outcome: asyncio.Future[Any]) -> None:
+        if not self._hangs:
+            logger.warning("MPI does not return: the remote tier serves nothing until it does")
+        self._hangs += 1
+        outcome.add_done_callback(self._moves_again)
 
     def _moves_again(self, outcome: asyncio.Future[Any]) -> None:
         if not outcome.cancelled():
@@ -379,6 +400,7 @@ class RemoteTier:
             "hangs": bool(self._hangs),
             "announced": len(self._generations) - len(self._free_slots),
             **dataclasses.asdict(self.counters),
+            "read_bytes_from": dict(sorted(self._read_bytes_from.items())),
             **self._group.statistics(),
         }
 
