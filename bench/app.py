@@ -65,6 +65,9 @@ def run(
     in_flight: Annotated[int, typer.Option(min=1, help="With --systems: operations at once.")] = commands.IN_FLIGHT,
     data: Annotated[pathlib.Path | None, typer.Option(help="With --systems: folder of `generate`.")] = None,
     trace: Annotated[pathlib.Path | None, typer.Option(help="With --systems: file of the workload trace.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="With --systems: start no turn after so long; run again to go on.")
+    ] = None,
 ) -> None:
     """Measure, next to each other, the store and the limits of the machine; goes on where it was stopped."""
     if systems:
@@ -82,6 +85,7 @@ def run(
             directory=directory,
             out=out,
             quick=quick,
+            minutes=minutes,
             command=["python", "-m", "bench", *_published(sys.argv[1:])],
         )
         return

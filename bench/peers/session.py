@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from bench.data import scratch_memory
 from bench.peers import driving, meters, replaying
-from bench.peers.catalog import make_peer
+from bench.peers.catalog import entries, make_peer
 from bench.peers.content import Source
 from bench.peers.protocol import CannotRunError, Description, Job, PeerError, Settings
 
@@ -68,7 +68,9 @@ class Session:
             self.peer = make_peer(system)
         except (ImportError, OSError) as error:
             self.source.close()
-            raise CannotRunError(f"not installed: {error}; run `python -m bench install {system}`") from error
+            if not entries()[system].system.own_environment:
+                raise  # the suite's own environment is whole, or nothing can be measured
+            raise CannotRunError(f"cannot be imported in its environment: {error}") from error
         self.settings = Settings(
             folder=pathlib.Path(request["folder"]),
             block_bytes=request["block_bytes"],
@@ -213,7 +215,7 @@ class Session:
         measure.seconds += ran.ended_s - ran.began_s
         measure.operations += operations
         measure.bytes += operations * self.source.block_bytes
-        measure.peak_bytes -= own_bytes
+        measure.peak_bytes = max(0, measure.peak_bytes - own_bytes)
         self._latency_s += ran.latency_s
 
     def _finish(self, measure: Measure) -> Measure:

@@ -70,6 +70,7 @@ def run_systems(
     directory: pathlib.Path,
     out: pathlib.Path | None,
     quick: bool,
+    minutes: float | None,
     command: list[str],
 ) -> None:
     """``python -m bench run --systems …``; exits with 1 if a system failed."""
@@ -91,6 +92,7 @@ def run_systems(
             data=data,
             requests=_requests(trace),
             quick=quick,
+            seconds_max=None if minutes is None else minutes * 60,
         )
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         result = running.run(

@@ -15,6 +15,7 @@ import pathlib
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from rich.console import Console
@@ -61,6 +62,8 @@ class Plan:
     requests: tuple[tuple[int, ...], ...] = ()
     """Of the trace: block numbers."""
     quick: bool = False
+    seconds_max: float | None = None
+    """No turn is started after so long; the same command goes on later."""
 
     def blocks_of(self, block_bytes: int, round_bytes: int = ROUND_BYTES) -> int:
         """Blocks of one round: as asked, or what fits ``round_bytes``, at least as many as are in flight."""
@@ -167,6 +170,7 @@ def test_config(plan: Plan) -> TestConfig:
 
 
 async def _run(plan: Plan, result: SuiteFile, out: pathlib.Path, folder: pathlib.Path, console: Console) -> None:
+    started_s = time.monotonic()
     with Progress(console=console, transient=True) as progress:
         content = None if plan.quick else _content(plan, folder, progress)
         jobs = works(plan, content)
@@ -176,6 +180,9 @@ async def _run(plan: Plan, result: SuiteFile, out: pathlib.Path, folder: pathlib
             order = list(plan.systems)
             random.Random(f"{plan.seed}/{repeat}").shuffle(order)
             for turn, name in enumerate(order):
+                if plan.seconds_max is not None and time.monotonic() - started_s > plan.seconds_max:
+                    console.print(f"stopped after {plan.seconds_max / 60:g} minutes: the same command goes on")
+                    return
                 await runner.turn(name, repeat, turn, jobs, lambda: progress.advance(task))
     results.save(out, result)
 

@@ -180,9 +180,7 @@ class ServicePeer(_CascadePeer):
         command = [sys.executable, "-m", "cascade_aio", "serve", str(self.settings.folder)]
         command += ["--arena", self._arena, "--socket", self._socket, "--shm-bytes", size]
         command += ["--pinned-bytes-per-client-max", size, "--reserved-bytes-per-client-max", size]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
     def describe(self) -> Description:
         return Description(
