@@ -5,8 +5,8 @@ in a ``mooncake_client`` process, so that every byte crosses TCP; ``mooncake-ssd
 are registered once. A batch is cut into calls of as many blocks as may be in flight.
 
 SSD offload writes full buckets in the background; no call waits for it and nothing is synced, so it is in no durable
-column. For cold reads the adapter fills the last bucket with blocks of its own (unused otherwise), waits until every
-block has a copy on disk, and has the master forget the copies in memory.
+column. For cold reads the adapter waits until every block has a copy on disk, and has the master forget the copies in
+memory.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ SEGMENT_STEP_BYTES = 64 << 20
 """Mooncake refuses segments that are no multiple of its allocator's chunks (error -600)."""
 LOCAL_BUFFER_BYTES = 64 << 20
 """For calls that are not zero-copy; none is made."""
-OFFLOAD_BUFFER_BYTES = 512 << 20
-"""Its default of 1.25 GiB cannot be registered with io_uring, which takes 1 GiB at most, and it falls back silently."""
-BUCKET_BYTES = 256 << 20
-BUCKET_KEYS = 500
-"""What fills a bucket; Mooncake's defaults."""
+OFFLOAD_BUFFER_BYTES = 1 << 30
+"""What one call reads from disk must fit in. The default of 1.25 GiB is more than io_uring registers at once, and
+Mooncake then goes on without registration."""
+BUCKET_KEYS = 1
+"""Objects wait in memory for a full bucket, for ever if none comes (by default 500 objects or 256 MiB): a cold read of
+all blocks needs buckets that every object fills."""
 HEARTBEAT_SECONDS = 1
 """How often offload looks for new objects; its default of 10 s only adds waiting."""
 OFFLOAD_SECONDS_MAX = 120.0
 POLL_SECONDS = 0.2
-FILLER = "filler"
 NOT_FOUND = -704
 NO_DISK = "without SSD offload Mooncake keeps everything in memory"
 NO_SYNC = "SSD offload writes full buckets in the background: no call waits for the disk and nothing is synced"
@@ -71,10 +71,8 @@ class MooncakePeer(BlockingPeer):
         self._master = self._server_version = ""
         self._folder: pathlib.Path | None = None
         self._block_bytes = 0
-        self._source: memoryview = memoryview(b"")
         self._lock = threading.Lock()
         self._names: set[str] = set()
-        self._fillers = 0
 
     def open(self, settings: Settings) -> None:
         found = importlib.metadata.version(PACKAGE)
@@ -85,7 +83,7 @@ class MooncakePeer(BlockingPeer):
             raise PeerError("mooncake.store was imported from another place than mooncake")
         if self._ssd and settings.endpoint is not None:
             raise CannotRunError("SSD offload is driven for one client only")
-        self._block_bytes, self._source = settings.block_bytes, settings.source
+        self._block_bytes = settings.block_bytes
         options: dict[str, Any] = {}
         if self._ssd:
             self._folder = settings.folder / "ssd"
@@ -93,7 +91,6 @@ class MooncakePeer(BlockingPeer):
             os.environ.update(
                 MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS=str(HEARTBEAT_SECONDS),
                 MOONCAKE_OFFLOAD_LOCAL_BUFFER_SIZE_BYTES=str(OFFLOAD_BUFFER_BYTES),
-                MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES=str(BUCKET_BYTES),
                 MOONCAKE_OFFLOAD_BUCKET_KEYS_LIMIT=str(BUCKET_KEYS),
                 MOONCAKE_OFFLOAD_USE_URING="1",
             )
@@ -126,12 +123,11 @@ class MooncakePeer(BlockingPeer):
         if self._ssd:
             del lacks["cold"]
             lacks |= {"durable": NO_SYNC, "restart": NO_SYNC, "clients": "SSD offload is driven for one client only"}
-            lacks["overflow"] = "what waits for a full bucket is evicted with the rest and lost"
+            lacks["overflow"] = "puts are refused (error -200) while the memory is full: eviction runs behind"
         configuration: dict[str, Scalar] = {"protocol": "tcp", "default_kv_lease_ttl_ms": servers.LEASE_MS}
         if self._ssd:
             configuration |= {
                 "use_uring": True,
-                "bucket_bytes": BUCKET_BYTES,
                 "bucket_keys": BUCKET_KEYS,
                 "offload_buffer_bytes": OFFLOAD_BUFFER_BYTES,
                 "heartbeat_s": HEARTBEAT_SECONDS,
@@ -174,7 +170,8 @@ class MooncakePeer(BlockingPeer):
         return into
 
     def get_many(self, jobs: Sequence[Job], in_flight: int) -> Sequence[memoryview]:
-        for some in _cut(jobs, in_flight):
+        room = max(1, OFFLOAD_BUFFER_BYTES // self._block_bytes - 1) if self._ssd else in_flight
+        for some in _cut(jobs, min(in_flight, room)):
             names, places, sizes = _columns(some)
             self._check_got(names, self._store.batch_get_into(names, places, sizes), sizes[0])
         return [job.data for job in jobs]
@@ -196,21 +193,14 @@ class MooncakePeer(BlockingPeer):
             raise CannotRunError(NO_DISK)
         names = sorted(self._names)
         deadline = time.monotonic() + OFFLOAD_SECONDS_MAX
-        fillers: list[str] = []
         while waiting := self._not_on_disk(names):
             if time.monotonic() > deadline:
-                raise PeerError(
-                    f"{len(waiting)} of {len(names)} blocks are not on disk after {OFFLOAD_SECONDS_MAX:g} s"
-                )
-            fillers += self._fill()
-            time.sleep(HEARTBEAT_SECONDS + POLL_SECONDS)
+                raise PeerError(f"{len(waiting)} blocks are not on disk after {OFFLOAD_SECONDS_MAX:g} s")
+            time.sleep(POLL_SECONDS)
         time.sleep(servers.LEASE_MS / 1000)
-        everything = [*names, *fillers]
-        cleared = self._store.batch_replica_clear(everything, self._store.get_hostname())
-        if len(cleared) != len(everything):
-            raise PeerError(f"Mooncake kept {len(everything) - len(cleared)} blocks in memory")
-        for name in fillers:
-            self._store.remove(name, True)
+        cleared = self._store.batch_replica_clear(names, self._store.get_hostname())
+        if len(cleared) != len(names):
+            raise PeerError(f"Mooncake kept {len(names) - len(cleared)} blocks in memory")
 
     def close(self) -> None:
         if self._store is not None:
@@ -219,15 +209,6 @@ class MooncakePeer(BlockingPeer):
         for server in reversed(self._servers):
             server.close()
         self._servers.clear()
-
-    def _fill(self) -> list[str]:
-        """Put as many blocks as fill a bucket."""
-        count = max(1, min(BUCKET_KEYS, -(-BUCKET_BYTES // self._block_bytes)))
-        names = [f"{FILLER}-{self._fillers + number}" for number in range(count)]
-        self._fillers += count
-        place = _address(self._source)
-        codes = self._store.batch_put_from(names, [place] * count, [self._block_bytes] * count)
-        return [name for name, code in zip(names, codes, strict=True) if code == 0]
 
     def _not_on_disk(self, names: Sequence[str]) -> list[str]:
         found = self._store.batch_get_replica_desc(list(names))
