@@ -18,7 +18,7 @@ import collections
 import dataclasses
 import errno
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -56,6 +56,9 @@ SEARCH_BYTES_REFRESH = 0
 GONE = "the file of the segment is gone and its writer did not remove it"
 CUT = "the file of the segment is shorter than it was"
 """Why a ``LostFact`` is told."""
+
+LISTINGS_MAX = 8
+"""A look lists the root again so often at most while segments go that it has seen."""
 
 FACTS_PER_TURN = 32
 """Facts between two turns of the loop: whoever takes them in needs some 10 µs each, and a footer tells of a hundred
@@ -126,15 +129,13 @@ class Recovery:
             entry = self._table.add(cover.identity, own=self._is_own(cover.identity))
             entry.scanned_bytes, entry.record_bytes = cover.upto, cover.record_bytes
             known[cover.identity] = cover
-        present = set()
-        for identity, size in await self._list():
-            present.add(identity)
-            async for fact in self._recover(identity, size, known.get(identity), SEARCH_BYTES_FOREIGN):
-                yield fact
-        for identity in known.keys() - present:
-            vanished = self._table.find(identity)
+        seen: set[fmt.SegmentIdentity] = set()
+        async for fact in self._look(seen, lambda identity: True, known, SEARCH_BYTES_FOREIGN, listings_min=2):
+            yield fact
+        for identity in known.keys() - seen:
+            vanished = self._table.find(identity)  # an own one: of others' it has been told
             if vanished is not None:
-                if vanished.own and known[identity].upto > PAGE_BYTES:  # an empty one may have been removed
+                if known[identity].upto > PAGE_BYTES:  # an empty one may have been removed
                     yield LostFact(vanished.number, vanished.path, vanished.name, 0, known[identity].upto, GONE)
                 await self._table.forget(vanished.number)
                 yield VanishedFact(vanished.number)
@@ -150,6 +151,7 @@ class Recovery:
         for identity, _ in found:
             self._table.add(identity, own=True)
         entries = [entry for entry in self._table if entry.identity.writer == writer]
+        gone: list[SegmentEntry] = []
         unread = {entry for entry in entries if not entry.sealed or entry.unreadable}
         for entry in entries:
             entry.own = entry.writing = True  # not to be reclaimed before all of it is known
@@ -157,14 +159,13 @@ class Recovery:
             for identity, size in found:
                 entry = self._table.add(identity, own=True)
                 if entry in unread:
-                    async for fact in self._recover(identity, size, None, SEARCH_BYTES_FOREIGN):
+                    async for fact in self._recover(identity, size, None, SEARCH_BYTES_FOREIGN, gone):
                         yield fact
                     unread.discard(entry)
             present = {identity for identity, _ in found}
-            for entry in entries:
-                if entry.identity not in present:
-                    await self._table.forget(entry.number)
-                    yield VanishedFact(entry.number)
+            gone += [entry for entry in entries if entry.identity not in present]
+            async for fact in self._tell_gone(gone):
+                yield fact
         finally:
             for entry in entries:
                 entry.writing = False
@@ -176,16 +177,53 @@ class Recovery:
 
         What was not known to be durable then is told again.
         """
-        present = set()
-        for identity, size in await self._list():
-            present.add(identity)
+
+        def is_news(identity: fmt.SegmentIdentity) -> bool:
             entry = self._table.find(identity)
-            if self._is_own(identity) or (entry is not None and entry.sealed and not entry.unreadable):
-                continue
-            async for fact in self._recover(identity, size, None, SEARCH_BYTES_REFRESH):
-                yield fact
-        for entry in self._table:
-            if entry.identity not in present and not self._is_own(entry.identity):
+            return not self._is_own(identity) and (entry is None or not entry.sealed or entry.unreadable)
+
+        async for fact in self._look(set(), is_news, {}, SEARCH_BYTES_REFRESH, listings_min=1):
+            yield fact
+
+    async def _look(
+        self,
+        seen: set[fmt.SegmentIdentity],
+        wanted: Callable[[fmt.SegmentIdentity], bool],
+        covers: Mapping[fmt.SegmentIdentity, Cover],
+        search_bytes: int,
+        *,
+        listings_min: int,
+    ) -> AsyncIterator[Fact]:
+        """Facts of the segments that are listed and ``wanted``, added to ``seen``; then which of others' are gone.
+
+        Whoever moves records unlinks the old segment only after the new one is sealed. So where something has gone,
+        the next listing has what became of it, and that is read before the end of the old one is told: what is
+        only moved is there all the time, with the names that we know. Directories are listed one after the other:
+        what goes from a later to an earlier one meanwhile is in no listing, but in the next one.
+        """
+        gone: list[SegmentEntry] = []
+        for listing in range(1, LISTINGS_MAX + 1):
+            found, known_gone = await self._list(), len(gone)
+            for identity, size in found:
+                if identity not in seen and wanted(identity):
+                    seen.add(identity)
+                    async for fact in self._recover(identity, size, covers.get(identity), search_bytes, gone):
+                        yield fact
+            present = {identity for identity, _ in found}
+            gone += [
+                entry
+                for entry in self._table
+                if entry.identity not in present and not self._is_own(entry.identity) and entry not in gone
+            ]
+            alone = all(self._is_own(identity) for identity in present)
+            if len(gone) == known_gone and (alone or listing >= listings_min):
+                break
+        async for fact in self._tell_gone(gone):
+            yield fact
+
+    async def _tell_gone(self, entries: Sequence[SegmentEntry]) -> AsyncIterator[Fact]:
+        for entry in entries:
+            if self._table.get(entry.number) is entry:
                 await self._table.forget(entry.number)
                 yield VanishedFact(entry.number)
 
@@ -227,8 +265,14 @@ class Recovery:
         return [(fmt.SegmentIdentity(writer, sequence), size) for sequence, size in list_segments(entries)]
 
     async def _recover(
-        self, identity: fmt.SegmentIdentity, size: int, cover: Cover | None, search_bytes: int
+        self,
+        identity: fmt.SegmentIdentity,
+        size: int,
+        cover: Cover | None,
+        search_bytes: int,
+        gone: list[SegmentEntry],
     ) -> AsyncIterator[Fact]:
+        """Facts of one segment. One whose file turns out to be gone is added to ``gone``."""
         own = self._is_own(identity)
         told = self._table.find(identity) is not None
         entry = self._table.add(identity, own=own)
@@ -249,8 +293,7 @@ class Recovery:
                     self.report.damaged += 1
                 yield fact
         except FileNotFoundError:
-            await self._table.forget(entry.number)
-            yield VanishedFact(entry.number)
+            gone.append(entry)
         except OSError as exc:
             recovery.note_unreadable(0)
             entry.size_bytes = max(entry.size_bytes, size)
