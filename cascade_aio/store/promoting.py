@@ -21,7 +21,6 @@ from cascade_aio.errors import BlockNotFoundError, BrokenTierError, CascadeError
 from cascade_aio.model import BlockId
 from cascade_aio.segments.buffers import page_padded
 from cascade_aio.segments.pieces import layered_pieces, plain_pieces
-from cascade_aio.store.block import Block
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.device_catalog import DeviceCatalog, DeviceCopy
@@ -185,8 +184,7 @@ class Promoter:
     async def _bring(self, name: BlockId, promotion: _Promotion) -> DeviceCopy:
         """The block, every piece of it enqueued; held once for the caller."""
         self._tier.check()
-        block = await self._find(name)
-        host: Copy = block.leased_copy  # type: ignore[assignment] # an embedded store's
+        host = await self._find(name)
         try:
             extent = await self._devices.room.reserve(
                 page_padded(max(1, host.value_offset + host.value_bytes)),
@@ -194,7 +192,7 @@ class Promoter:
                 wait_s=self._context.config.put_wait_seconds_max,
             )
         except BaseException:
-            block.release()
+            self._catalog.release(host)
             raise
         copy = promotion.copy = DeviceCopy(extent, host)
         self._devices.hold(copy)
@@ -210,16 +208,21 @@ class Promoter:
             copy.fail(ClosedError("the promotion was cancelled") if not isinstance(error, Exception) else error)
             await _ended(tickets)
             self._devices.release(copy)
-            block.release()
+            self._catalog.release(host)
             raise
         self.promoted_blocks += 1
-        self._let_go(copy, block, tickets)
+        self._let_go(copy, host, tickets)
         return copy
 
-    async def _find(self, name: BlockId) -> Block:
-        """A lease in the node's arena, of what may still be arriving."""
+    async def _find(self, name: BlockId) -> Copy:
+        """The copy in the node's arena, of which more may still be arriving; held once for the caller."""
         block = self._getter.try_hot(name)
-        return block if block is not None else await self._getter.load(name, early=True)
+        if block is None:
+            block = await self._getter.load(name, early=True)
+        with block:
+            host: Copy = block.leased_copy  # type: ignore[assignment] # an embedded store's
+            self._catalog.hold(host)
+        return host
 
     async def _enqueue(self, promotion: _Promotion, copy: DeviceCopy, host: Copy, tickets: list[Ticket]) -> None:
         """Enqueue piece after piece as they are verified; without page-locking each has arrived before the next."""
@@ -255,13 +258,13 @@ class Promoter:
                 self._devices.hold(copy)
                 waiter.set_result(copy)
 
-    def _let_go(self, copy: DeviceCopy, block: Block, tickets: list[Ticket]) -> None:
+    def _let_go(self, copy: DeviceCopy, host: Copy, tickets: list[Ticket]) -> None:
         """The source and the copy stay as they are until the last piece has ended. One hold on the copy is left."""
 
         def ended(error: DeviceError | None) -> None:
             copy.pieces.clear()
             self._devices.release(copy)
-            block.release()
+            self._catalog.release(host)
 
         self._devices.hold(copy)
         if not tickets or tickets[-1].finished:

@@ -18,8 +18,9 @@ from cascade_aio.store.context import StoreContext
 from cascade_aio.store.device_block import DeviceBlock, stream_handle
 from cascade_aio.store.devices import Devices, DeviceSource
 from cascade_aio.store.getting import Getter, PrefixLookup
+from cascade_aio.store.paging import gather, scatter
 from cascade_aio.store.prefetching import Prefetcher, PrefetchHandle, PrefetchPriority
-from cascade_aio.store.putting import Putter, ReserveRequest
+from cascade_aio.store.putting import Putter, ReserveRequest, Slot
 from cascade_aio.store.recovering import refresh
 from cascade_aio.store.space import CompactionReport, SpaceKeeper
 from cascade_aio.store.streaming import BlockStream
@@ -255,6 +256,36 @@ class Store:
         """
         self._context.check_writable()
         return ReserveRequest(self._context, self._putter, key_bytes, value_bytes, prefix, parent, meta)
+
+    async def scatter(
+        self,
+        name: BlockId | PrefixKey | str,
+        keys: Sequence[object],
+        values: Sequence[object],
+        *,
+        device: int,
+        stream: object = None,
+    ) -> None:
+        """Copy a block's layers straight to memory of the caller's own on ``device``: paged KV tensors.
+
+        ``keys`` and ``values`` have one entry per equal layer of the part: a device address, or an array of just
+        that size. The copies run behind what ``stream`` has now, and what is enqueued there from then on behind them;
+        the call returns when they are enqueued. Without a stream it returns when they have ended. Needs no room in
+        the device's arena. The targets stay allocated until the copies have ended, also if the call is cancelled.
+        Raises as ``get``, ``ConfigError`` for layers that do not fit.
+        """
+        devices = self._devices()
+        await scatter(devices, devices.device(device), name, keys, values, stream_handle(stream))
+
+    async def gather(
+        self, slot: Slot, keys: Sequence[object], values: Sequence[object], *, device: int, stream: object = None
+    ) -> None:
+        """Fill a reservation with layers from memory of the caller's own on ``device``: the way back of ``scatter``.
+
+        Runs behind what ``stream`` has now, and returns when the bytes are in ``slot.key`` and ``slot.value``; a
+        cancelled call waits until nobody touches them any more. Raises ``ConfigError``, ``BrokenTierError``.
+        """
+        await gather(self._devices().device(device), slot, keys, values, stream_handle(stream))
 
     async def read_into(self, name: BlockId | PrefixKey | str, key_buffer: Buffer, value_buffer: Buffer) -> None:
         """Copy a block into the caller's buffers, whose lengths must be those of its parts exactly.

@@ -118,9 +118,15 @@ class Lanes:
         return sum(len(lane.pending) for lane in self._lanes.values())
 
     def submit(
-        self, name: str, copies: Sequence[MemoryCopy], on_end: OnEnd = _ignore, *, after: int | None = None
+        self,
+        name: str,
+        copies: Sequence[MemoryCopy],
+        on_end: OnEnd = _ignore,
+        *,
+        after: int | None = None,
+        behind: Ticket | None = None,
     ) -> Ticket:
-        """Enqueue copies, behind everything that the stream ``after`` has now.
+        """Enqueue copies, behind everything that the stream ``after`` has now, and the submission ``behind``.
 
         Raises ``DeviceError`` when nothing was enqueued; ``on_end`` is not called then. Whatever fails later is the
         ticket's.
@@ -133,6 +139,8 @@ class Lanes:
             if after is not None:
                 driver.record(event, after)
                 driver.wait(lane.stream, event)
+            if behind is not None and not behind.finished:
+                driver.wait(lane.stream, behind.event)
             driver.copy(copies, lane.stream)
         except DeviceError as error:
             self._events.append(event)

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from cascade_aio._native import address_of
 from cascade_aio.abc.device import DeviceDriver, DeviceError, DeviceMemoryError, MemoryCopy
@@ -32,6 +32,14 @@ IN, OUT, SCATTER = "in", "out", "scatter"
 
 DRAIN_S_MAX = 30.0
 """How long closing waits for copies in flight before the device counts as lost."""
+
+
+class Part(NamedTuple):
+    """``nbytes`` at the device address ``pointer`` that belong to ``offset`` of some host memory."""
+
+    pointer: int
+    offset: int
+    nbytes: int
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -148,10 +156,42 @@ class GpuTier:
             await self._staging.download(OUT, copies, after=after)
         self.downloaded_bytes += sum(len(target) for _, target in copies)
 
-    def start_local(self, copies: Sequence[MemoryCopy], on_end: OnEnd, *, after: int | None) -> Ticket:
-        """Enqueue copies within the device, behind what the stream ``after`` has now."""
+    def start_scatter(self, memory: memoryview, parts: Sequence[Part], on_end: OnEnd, *, after: int | None) -> Ticket:
+        """Enqueue copies of parts of page-locked ``memory`` to the device, behind what the stream ``after`` has now.
+
+        As ``start_upload`` otherwise.
+        """
         self.check()
-        return self._lanes.submit(SCATTER, copies, on_end, after=after)
+        base = address_of(memory)
+        wanted = [MemoryCopy(part.pointer, base + part.offset, part.nbytes) for part in parts]
+        ticket = self._lanes.submit(SCATTER, self._pins.split(wanted, to_device=True), on_end, after=after)
+        self.uploaded_bytes += sum(part.nbytes for part in parts)
+        return ticket
+
+    async def upload_parts(self, memory: memoryview, parts: Sequence[Part], *, after: int | None) -> None:
+        """As ``upload``, of parts of host memory that need not be page-locked."""
+        copies = [(part.pointer, memory[part.offset : part.offset + part.nbytes]) for part in parts]
+        await self.upload(copies, lane=SCATTER, after=after)
+
+    async def download_parts(self, memory: memoryview, parts: Sequence[Part], *, after: int | None) -> None:
+        """Copy from the device to parts of ``memory``, which is writable. As ``download`` otherwise."""
+        self.check()
+        if not await self.prepare(memory):
+            await self.download(
+                [(part.pointer, memory[part.offset : part.offset + part.nbytes]) for part in parts], after=after
+            )
+            return
+        base = address_of(memory)
+        wanted = [MemoryCopy(base + part.offset, part.pointer, part.nbytes) for part in parts]
+        await self._lanes.submit(OUT, self._pins.split(wanted, to_device=False), after=after).wait()
+        self.downloaded_bytes += sum(part.nbytes for part in parts)
+
+    def start_local(
+        self, copies: Sequence[MemoryCopy], on_end: OnEnd, *, after: int | None, behind: Ticket | None = None
+    ) -> Ticket:
+        """Enqueue copies within the device, behind ``behind`` and what the stream ``after`` has now."""
+        self.check()
+        return self._lanes.submit(SCATTER, copies, on_end, after=after, behind=behind)
 
     def order(self, stream: int, ticket: Ticket) -> None:
         """What is enqueued in ``stream`` from now on runs after ``ticket``. Raises ``BrokenTierError``, ``ConfigError``
