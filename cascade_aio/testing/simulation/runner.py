@@ -379,6 +379,7 @@ class _Run:
         await self._close(process, quietly=False)
         await process.open()
         assert process.store is not None
+        doubtful |= self._judge.knows_less(process)
         after = self._known(process.store)
         if before != after and not doubtful and not self._world.evicted_so_far():
             different = {what: (before.get(what), after.get(what)) for what in before.keys() | after.keys()}
