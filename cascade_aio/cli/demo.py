@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cascade_aio.cli import demo_model
 from cascade_aio.cli.demo_limits import measure_limits
 from cascade_aio.cli.demo_phases import (
     DemoBlocks,
@@ -53,6 +54,9 @@ from cascade_aio.workload import Request, trace_requests
 def demo(
     settings: Settings,
     small: Annotated[bool, typer.Option("--small", help="A few seconds, less than 300 MiB.")] = False,
+    model: Annotated[
+        bool, typer.Option("--model", help="A language model answers from KV kept over a restart; needs torch.")
+    ] = False,
     block_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes of a block; default 80MiB (256 tokens of LLaMA-70B).")
     ] = None,
@@ -72,6 +76,9 @@ def demo(
     if limit is not None and trace is None:
         raise UsageError("--limit is for --trace FILE")
     base = settings.config(default_root=".")
+    if model:
+        _play_model(base.root, small=small, json=json)
+        return
     size = SMALL_BLOCK_BYTES if small else FULL_BLOCK_BYTES
     try:
         size = size if block_size is None else parse_size(block_size)
@@ -88,6 +95,15 @@ def demo(
         print_json(dataclasses.asdict(report))
     else:
         print_report(report)
+
+
+def _play_model(root: str, *, small: bool, json: bool) -> None:
+    rows = demo_model.play(root, demo_model.PROMPT_TOKENS_SMALL if small else demo_model.PROMPT_TOKENS)
+    if json:
+        print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        demo_model.print_rows(rows)
+    demo_model.check(rows)
 
 
 def _room(config: StoreConfig) -> Room:

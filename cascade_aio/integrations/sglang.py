@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from cascade_aio.errors import BlockNotFoundError, CascadeError, ConfigError
+from cascade_aio.errors import BlockNotFoundError, CascadeError, ClosedError, ConfigError
 from cascade_aio.integrations._opening import AnyStore, place_of
 from cascade_aio.integrations._threaded import ThreadedStore
 from cascade_aio.model import BlockMeta, Namespace, PrefixKey, as_bytes_view, prefix_root
@@ -323,10 +323,18 @@ class CascadeHiCache(HiCacheStorage):  # type: ignore[misc]
         self._threaded.close()
 
     def _run(self, work: Callable[[AnyStore], Coroutine[Any, Any, T]], kind: str, failed: T) -> T:
+        """What ``work`` returns; ``failed`` where the store could not, or is closed."""
+
+        async def guarded(store: AnyStore) -> T:
+            try:
+                return await work(store)
+            except _FAILURES as error:
+                self._note(kind, error)
+                return failed
+
         try:
-            return self._threaded.submit(work).result()
-        except _FAILURES as error:
-            self._note(kind, error)
+            return self._threaded.submit(guarded).result()
+        except ClosedError:  # SGLang's threads may outlive what they were given
             return failed
 
     def _note(self, kind: str, error: BaseException) -> None:

@@ -21,18 +21,15 @@ import itertools
 import os
 import time
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
-
-import msgspec
 
 from cascade_aio.errors import CascadeError, ConfigError, ServiceUnavailableError
 from cascade_aio.integrations._opening import place_of
 from cascade_aio.integrations._polled import PolledStore, Submitted
-from cascade_aio.model import BlockMeta, Namespace, PrefixKey, prefix_root
+from cascade_aio.integrations._vllm_names import namespace_of
+from cascade_aio.model import BlockMeta, PrefixKey, prefix_root
 
 try:
-    import vllm
     from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
     from vllm.logger import init_logger
     from vllm.v1.kv_offload.base import (
@@ -82,9 +79,6 @@ _METRICS = {
     "loaded_failures": ("vllm:cascade_aio_load_failures", "Blocks that cascade_aio lost, found damaged or late."),
 }
 
-MODEL_SAMPLE_BYTES = 1 << 20
-"""Bytes at the head and at the tail of each weight file that name a model directory."""
-
 
 @dataclasses.dataclass(slots=True)
 class _Job:
@@ -131,7 +125,7 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
             raise ConfigError("the primary region is not contiguous; CascadeTier stores whole rows of it")
         self._rows = rows.cast("B")
         self._row_bytes: int = self.block_size_bytes
-        self._name_root = prefix_root(_namespace_of(offloading_spec, revision, salt))
+        self._name_root = prefix_root(namespace_of(offloading_spec.config, layout=LAYOUT, revision=revision, salt=salt))
         self._jobs: dict[int, _Job] = {}
         self._failed_until_s: dict[OffloadKey, float] = {}
         self._events: list[OffloadingEvent] | None = [] if enable_kv_events else None
@@ -345,50 +339,3 @@ def _region_path(spec: OffloadingSpec) -> str | None:
     """The file of the primary region, where the spec tells."""
     path = getattr(getattr(spec, "_scheduler_mmap", None), "mmap_path", None)
     return path if isinstance(path, str) else None
-
-
-def _namespace_of(spec: OffloadingSpec, revision: str, salt: str) -> Namespace:
-    """Everything that vLLM tells its tiers and that changes the bytes of a row."""
-    config = spec.config
-    parallel = config.parallel
-    described = {
-        "cache": dataclasses.asdict(config.cache),
-        "groups": [dataclasses.asdict(group) for group in config.groups],
-        "worker_kv_bytes_per_block": config.worker_kv_bytes_per_block,
-        "replicated_layout": config.replicated_layout,
-        "canonical_layout": config.canonical_layout,
-        "kv_cache_layout": config.kv_cache_layout,
-    }
-    ranks = (
-        parallel.rank,
-        parallel.world_size,
-        parallel.tp_size,
-        parallel.pp_size,
-        parallel.pcp_size,
-        parallel.dcp_size,
-    )
-    fingerprint = _directory_fingerprint(config.model.name)
-    return Namespace(
-        model=fingerprint or config.model.name,  # a directory's path says nothing of what is in it
-        revision=f"{revision}:vllm {vllm.__version__}",
-        dtype=str(config.model.dtype),
-        layout=f"{LAYOUT}:{hashlib.sha256(msgspec.json.encode(described, order='sorted')).hexdigest()}",
-        rank=":".join(map(str, ranks)),
-        salt=salt,
-    )
-
-
-def _directory_fingerprint(model: str) -> str:
-    """Of a model in a local directory: its configuration and the head and tail of each weight file; else empty."""
-    directory = Path(model)
-    if not directory.is_dir():
-        return ""
-    hasher = hashlib.sha256()
-    for path in sorted([*directory.glob("*.json"), *directory.glob("*.safetensors"), *directory.glob("*.bin")]):
-        size = path.stat().st_size
-        hasher.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            hasher.update(file.read(MODEL_SAMPLE_BYTES))
-            file.seek(max(0, size - MODEL_SAMPLE_BYTES))
-            hasher.update(file.read(MODEL_SAMPLE_BYTES))
-    return hasher.hexdigest()

@@ -270,3 +270,5 @@ def test_nothing_is_left_in_shared_memory(tmp_path: Path) -> None:
     assert not [name for name in set(os.listdir("/dev/shm")) - before if str(os.getpid()) in name]
     backend.close()
     backend.close()
+    assert backend.batch_exists(keys(1)) == 0
+    assert backend.batch_get_v1(keys(1), indices(0)) == [False]

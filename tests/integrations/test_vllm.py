@@ -185,5 +185,41 @@ def test_two_engines_share_a_node_service_and_survive_its_death(tmp_path: Path, 
                 assert second.ask(PROMPT_TOKENS, 9)["tokens"] == computed[1]  # was about to be loaded
                 fresh = second.ask(PROMPT_TOKENS, 10)["tokens"]
             assert first.ask(PROMPT_TOKENS, 10)["tokens"] == fresh
-    for path in Path("/dev/shm").glob(f"{Path(arena).name}*"):  # what a service that was killed keeps for the next one
+    remove_arena(Path(arena))
+
+
+def test_a_connector_of_its_own_loads_what_another_process_saved_and_recomputes_damage(
+    tmp_path: Path, model: Path
+) -> None:
+    root = tmp_path / "kv"
+    arena = Path(arena_path(make_config(str(root))))
+    try:
+        with node_service(root) as (_, socket_path):
+            config = {
+                "kv_connector": "CascadeConnector",
+                "kv_connector_module_path": "cascade_aio.integrations.vllm_connector",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"service": socket_path},
+            }
+            with engine(model, config) as first:
+                computed = [first.ask(PROMPT_TOKENS, seed) for seed in (11, 12)]
+            assert [answer["cached_tokens"] for answer in computed] == [0, 0]
+            with engine(model, config) as second:
+                loaded = second.ask(PROMPT_TOKENS, 11)
+                assert loaded["tokens"] == computed[0]["tokens"]
+                assert loaded["cached_tokens"] >= SERVED_TOKENS_MIN
+        remove_arena(arena)
+        assert damage(root) >= PROMPT_TOKENS // BLOCK_TOKENS
+        with node_service(root), engine(model, config) as third:
+            again = third.ask(PROMPT_TOKENS, 12)
+            assert again["tokens"] == computed[1]["tokens"]
+            assert "could not load a block" in third.log
+    finally:
+        remove_arena(arena)
+
+
+def remove_arena(arena: Path) -> None:
+    """What a service keeps in shared memory for the next one."""
+    for path in arena.parent.glob(f"{arena.name}*"):
         path.unlink()
