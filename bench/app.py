@@ -59,8 +59,11 @@ def run(
     workloads: Annotated[str, typer.Option(help="With --systems: names separated by commas, or all.")] = MAIN_WORKLOADS,
     block_size: Annotated[str, typer.Option(help="With --systems: block sizes separated by commas.")] = "80MiB",
     blocks: Annotated[
-        int | None, typer.Option(min=2, help="With --systems: blocks per repetition; default: 512 MiB of them.")
+        int | None, typer.Option(min=2, help="With --systems: blocks per repetition; default: see --round-size.")
     ] = None,
+    round_size: Annotated[
+        str, typer.Option(help="With --systems: bytes per repetition of a workload, four blocks at least.")
+    ] = "512MiB",
     temperature: Annotated[str, typer.Option(help="With --systems: hot, cold or both.")] = "hot,cold",
     in_flight: Annotated[int, typer.Option(min=1, help="With --systems: operations at once.")] = commands.IN_FLIGHT,
     data: Annotated[pathlib.Path | None, typer.Option(help="With --systems: folder of `generate`.")] = None,
@@ -85,6 +88,7 @@ def run(
             directory=directory,
             out=out,
             quick=quick,
+            round_size=round_size,
             minutes=minutes,
             command=["python", "-m", "bench", *_published(sys.argv[1:])],
         )

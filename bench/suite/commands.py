@@ -70,6 +70,7 @@ def run_systems(
     directory: pathlib.Path,
     out: pathlib.Path | None,
     quick: bool,
+    round_size: str,
     minutes: float | None,
     command: list[str],
 ) -> None:
@@ -92,6 +93,7 @@ def run_systems(
             data=data,
             requests=_requests(trace),
             quick=quick,
+            round_bytes=parse_size(round_size),
             seconds_max=None if minutes is None else minutes * 60,
         )
         today = datetime.datetime.now(datetime.UTC).date().isoformat()

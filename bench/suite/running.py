@@ -35,6 +35,7 @@ from bench.suite.workloads import SMALL_BYTES, Workload
 
 ROUND_BYTES = 512 * MIB
 """Moved by each system in one repetition of one workload, where ``--blocks`` does not say otherwise."""
+BLOCKS_MIN = 4
 REPLAY_BYTES = 512 * MIB
 SMALL_ROUND_BYTES = 128 * MIB
 LIMIT_SYSTEM = "limit-disk"
@@ -62,12 +63,13 @@ class Plan:
     requests: tuple[tuple[int, ...], ...] = ()
     """Of the trace: block numbers."""
     quick: bool = False
+    round_bytes: int = ROUND_BYTES
     seconds_max: float | None = None
     """No turn is started after so long; the same command goes on later."""
 
-    def blocks_of(self, block_bytes: int, round_bytes: int = ROUND_BYTES) -> int:
-        """Blocks of one round: as asked, or what fits ``round_bytes``, at least as many as are in flight."""
-        return self.blocks or max(self.in_flight, round_bytes // block_bytes)
+    def blocks_of(self, block_bytes: int) -> int:
+        """Blocks of one round: as asked, or what fits ``round_bytes``, but a few in any case."""
+        return self.blocks or max(BLOCKS_MIN, self.round_bytes // block_bytes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

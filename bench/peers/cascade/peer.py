@@ -229,7 +229,7 @@ class MpiPeer(_CascadePeer):
     """System ``cascade-mpi``: a name for what one client on one node cannot measure."""
 
     async def open(self, settings: Settings) -> None:
-        raise CannotRunError("needs several ranks: see bench/mpi (`mpiexec -n 4 python -m bench.mpi`)")
+        raise CannotRunError("needs several ranks: `mpiexec -n 4 python -m bench mpi run`")
 
     def describe(self) -> Description:
         raise PeerError("not open")
