@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import datetime
 import os
 import pathlib
 import sys
 import tempfile
+import traceback
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -13,9 +17,9 @@ from rich.console import Console
 
 from bench.machine import REPOSITORY
 from bench.mpi import costs as costs_module
-from bench.mpi import scaling, stress, study
+from bench.mpi import figures, running, scaling, stress, study
 from bench.mpi.cluster import Costs
-from bench.results import BenchError
+from bench.results import BenchError, CannotRunError
 from cascade_aio.testing.mpi import MpiRuntime, find_runtimes, run_ranks
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -64,6 +68,43 @@ def scaling_page(
         study.update(page, study.load(result), check=check)
     except BenchError as error:
         _fail(Console(stderr=True), error)
+
+
+@app.command()
+def run(
+    out: Annotated[pathlib.Path | None, typer.Option(help="Result file; default: remote-<date>.json.")] = None,
+    directory: Annotated[
+        pathlib.Path, typer.Option("--dir", help="Folder that all ranks share; a scratch folder in it is removed.")
+    ] = pathlib.Path(),
+    repeats: Annotated[int | None, typer.Option(min=2, help="Repetitions; 7 by default.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few MiB, for tests: numbers mean nothing; needs --out.")] = False,
+) -> None:
+    """Measure on all ranks of this MPI job: mpiexec -n 4 python -m bench mpi run, or launch -n 4 run."""
+    console = Console(stderr=True)
+    if quick and out is None:
+        _fail(console, BenchError("--quick needs --out: its numbers do not belong beside real ones"))
+    setting = figures.QUICK if quick else figures.FULL
+    if repeats is not None:
+        setting = dataclasses.replace(setting, repeats=repeats)
+    sizes = running.QUICK_BLOCK_BYTES if quick else running.BLOCK_BYTES
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    try:
+        file = asyncio.run(running.run(setting, sizes, directory.resolve(), ["python", "-m", "bench", "mpi", "run"]))
+    except CannotRunError as error:
+        _fail(console, error)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        running.abort()
+        raise
+    if file is not None:
+        running.save(out or REPOSITORY / "bench" / "results" / f"remote-{day}.json", file)
+        for figure in file.figures:
+            console.print(f"{figure.verdict:>6}  {figure.value:8.3f} {figure.unit:<6} {figure.title}", markup=False)
+        for row in file.rows:
+            console.print(
+                f"        {row.summary.median:8.3f} GB/s   {row.column}, {row.block_bytes >> 10} KiB, all ranks"
+            )
 
 
 @app.command(name="stress")

@@ -41,6 +41,7 @@ COLUMNS = {
     "write_durable": Column("write, durable", "disk"),
     "hot": Column("hot read, copied out", "memory"),
     "hot_lease": Column("hot read, leased (no copy)", "memory"),
+    "remote": Column("read from other ranks' memory, leased", "memory"),
     "cold": Column("cold read, copied out", "disk"),
     "cold_lease": Column("cold read, leased (no copy)", "disk"),
     "mixed": Column("70 % hot reads, 30 % writes", "memory"),
@@ -255,7 +256,7 @@ def summarise(result: SuiteFile) -> None:
     result.systems_tested = {
         name: "; ".join(text for text in (info.version, info.server) if text) for name, info in result.systems.items()
     }
-    sizes = sorted({row.block_bytes for row in result.rows if row.workload in ("write", "hot", "cold")})
+    sizes = sorted({row.block_bytes for row in result.rows if row.workload in ("write", "hot", "cold", "remote")})
     result.results_by_block_size = {f"{size / MIB:g}": _rates(result, size) for size in sizes}
     result.results = result.results_by_block_size.get(f"{result.test_config.block_size_mb:g}", {})
 
@@ -268,13 +269,18 @@ def _rates(result: SuiteFile, block_bytes: int) -> dict[str, dict[str, float | N
         "write_volatile": "write_volatile_gbps",
         "hot": "hot_gbps",
         "hot_lease": "hot_lease_gbps",
+        "remote": "remote_gbps",
         "cold": "cold_gbps",
         "cold_lease": "cold_lease_gbps",
     }
     for name in result.systems:
         found[name] = dict.fromkeys(names.values())
     for row in result.rows:
-        if row.block_bytes == block_bytes and row.workload in ("write", "hot", "cold") and row.column in names:
+        if (
+            row.block_bytes == block_bytes
+            and row.workload in ("write", "hot", "cold", "remote")
+            and row.column in names
+        ):
             found.setdefault(row.system, dict.fromkeys(names.values()))[names[row.column]] = row.summary.median
     return found
 
