@@ -6,7 +6,7 @@ to the store of a node service (``cascade-aio serve``), with the same interface.
 
 from cascade_aio._version import __version__
 from cascade_aio.config import StoreConfig
-from cascade_aio.daemon import ServiceStore, connect
+from cascade_aio.daemon import ServiceStore, connect, socket_path_of
 from cascade_aio.errors import (
     BlockNotFoundError,
     BlockTooLargeError,
@@ -91,4 +91,5 @@ __all__ = [
     "open_store",
     "prefix_keys",
     "repair_root",
+    "socket_path_of",
 ]

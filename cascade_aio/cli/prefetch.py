@@ -15,7 +15,7 @@ from cascade_aio.cli.blocks import parse_name
 from cascade_aio.cli.options import Json
 from cascade_aio.cli.output import UsageError, fail, out, print_json, run
 from cascade_aio.config import format_size
-from cascade_aio.daemon import connect, socket_of_root
+from cascade_aio.daemon import connect, socket_path_of
 from cascade_aio.model import BlockId, PrefixKey
 from cascade_aio.store.prefetching import KEYS_MAX, PrefetchProgress
 
@@ -26,7 +26,7 @@ def socket_path(socket: Path | None, root: Path | None) -> str:
     """The socket that was named, or the default one of the root that was. Raises ``UsageError``."""
     if (socket is None) == (root is None):
         raise UsageError("name the service: --socket PATH, or --root DIR for the one that serves it on this node")
-    return str(socket) if socket is not None else socket_of_root(root or "")
+    return str(socket) if socket is not None else socket_path_of(root or "")
 
 
 SocketOption = Annotated[

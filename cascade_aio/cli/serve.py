@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,7 @@ def serve(
         bool, typer.Option(help="Digest here what clients have filled; else they are believed.", rich_help_panel=_PANEL)
     ] = _DEFAULTS.verify_seals,
     cold: Annotated[bool, typer.Option("--cold", help="Forget the arena that the last run left, start empty.")] = False,
+    create: Annotated[bool, typer.Option("--create", help="Make missing directories above the root, too.")] = False,
     json: Json = False,
 ) -> None:
     """Lend one store to all processes of this node, until SIGTERM; then flush, seal and report."""
@@ -84,6 +86,12 @@ def serve(
         )
     except ConfigError as error:
         raise UsageError(str(error)) from None
+    parent = os.path.dirname(os.path.abspath(config.root))
+    if not create and not os.path.isdir(parent):
+        raise UsageError(
+            f"{config.root} cannot be made: {parent} does not exist either. Check the path; if it is right, make the "
+            "directory, or say --create"
+        )
     if cold:
         remove_arena(arena_path(config))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")

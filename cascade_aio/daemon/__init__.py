@@ -6,6 +6,6 @@ Service side: ``serve`` (``service``), which the command ``cascade-aio serve`` r
 
 from cascade_aio.daemon.client import ServiceStore, connect
 from cascade_aio.daemon.service import Service, serve
-from cascade_aio.daemon.settings import ServiceConfig, default_socket, socket_of_root
+from cascade_aio.daemon.settings import ServiceConfig, default_socket, socket_path_of
 
-__all__ = ["Service", "ServiceConfig", "ServiceStore", "connect", "default_socket", "serve", "socket_of_root"]
+__all__ = ["Service", "ServiceConfig", "ServiceStore", "connect", "default_socket", "serve", "socket_path_of"]

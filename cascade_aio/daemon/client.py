@@ -26,7 +26,7 @@ from cascade_aio.daemon.faults import to_error
 from cascade_aio.daemon.filling import ClientPutter, ClientReserveRequest
 from cascade_aio.daemon.lending import ClientDesk
 from cascade_aio.daemon.reading import ClientCounters, ClientGetter, report_for_ever
-from cascade_aio.daemon.settings import check_socket_path
+from cascade_aio.daemon.settings import check_socket_path, socket_path_of
 from cascade_aio.errors import ConfigError, CorruptionError, ServiceUnavailableError
 from cascade_aio.io.workers import ByteWorkers
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, Tier
@@ -44,8 +44,9 @@ RECONNECT_SECONDS_DEFAULT = 30.0
 
 
 def connect(
-    socket_path: str | os.PathLike[str],
+    socket_path: str | os.PathLike[str] | None = None,
     *,
+    root: str | os.PathLike[str] | None = None,
     client: str | None = None,
     owner: int | None = None,
     wait_seconds: float = CONNECT_SECONDS_DEFAULT,
@@ -54,14 +55,21 @@ def connect(
 ) -> Connecting:
     """Attach to the node service at ``socket_path``: ``async with connect(path) as store``.
 
+    Or to the one that serves ``root`` on this node, at the place where it listens if nobody said where
+    (``socket_path_of``): ``connect(root=directory)``.
+
     ``client`` names this process in the service's log; ``owner`` is the user id of a service that is not this
     user's; ``wait_seconds`` is how long to wait for a service that is just starting, ``reconnect_seconds_max``
     how long a call waits for one that was lost; ``workers`` are threads that copy (default: the CPUs).
 
-    Connecting raises ``ConfigError`` (a path that is no socket's), ``ServiceUnavailableError`` (nobody listens,
-    or it refuses), ``ProtocolError`` (another version).
+    Raises ``ConfigError`` for a path that can be no socket's. Connecting raises ``ConfigError`` (something else is at
+    the path), ``ServiceUnavailableError`` (nobody listens, or it refuses), ``ProtocolError`` (another version).
     """
-    path = os.fspath(socket_path)
+    if (socket_path is None) == (root is None):
+        raise ConfigError(
+            "name the service: connect(socket_path), or connect(root=...) for the one that serves it here"
+        )
+    path = socket_path_of(root or "") if socket_path is None else os.fspath(socket_path)
     check_socket_path(path)
     name = os.path.basename(sys.argv[0] or "python") if client is None else client
     return Connecting(path, name[:256], owner, wait_seconds, reconnect_seconds_max, workers)

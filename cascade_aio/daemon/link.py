@@ -13,6 +13,7 @@ import contextlib
 import mmap
 import os
 import socket
+import stat
 from collections.abc import Callable
 from typing import cast
 
@@ -21,7 +22,7 @@ from cascade_aio.daemon.faults import KINDS, to_error
 from cascade_aio.daemon.framing import FrameCutter
 from cascade_aio.daemon.handshake import say_hello
 from cascade_aio.daemon.place import peer_of
-from cascade_aio.errors import ProtocolError, ServiceUnavailableError
+from cascade_aio.errors import ConfigError, ProtocolError, ServiceUnavailableError
 from cascade_aio.tiers.view import DirectoryView, map_arena, map_extent
 
 POPULATE_BYTES_MAX = 2 << 20
@@ -73,7 +74,7 @@ class Link(asyncio.Protocol):
         self._number = 0
         self._out: list[bytes] = []
         self._released: list[int] = []
-        self._flushing = False
+        self._flushing = self._wrote = False
         self._closed: asyncio.Future[None] = self._loop.create_future()
 
     # -- calls ----------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ class Link(asyncio.Protocol):
 
     async def aclose(self) -> None:
         """End the connection after what was queued has left. Repeated calls do nothing."""
-        self._flush()
+        self._write()
         if self._transport is not None:
             self._transport.close()
         await asyncio.wait((self._closed,))
@@ -161,6 +162,9 @@ class Link(asyncio.Protocol):
     def _send(self, frame: bytes) -> None:
         self._queue_releases()  # what was said before is heard before
         self._out.append(frame)
+        if not self._wrote:  # the first of a loop turn does not wait for those that may follow it
+            self._wrote = True
+            self._write()
         self._flush_soon()
 
     def _queue_releases(self) -> None:
@@ -174,7 +178,10 @@ class Link(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._flushing = False
+        self._flushing = self._wrote = False
+        self._write()
+
+    def _write(self) -> None:
         if self._transport is None:
             return
         self._queue_releases()
@@ -238,10 +245,22 @@ class Link(asyncio.Protocol):
         )
 
 
+def _check_is_socket(path: str) -> None:
+    """Raises ``ConfigError`` if something else is there: waiting for a service would not help."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if stat.S_ISDIR(mode):
+        raise ConfigError(f"{path} is a directory and no socket; a root is connected to by connect(root={path!r})")
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} is a file and no socket; give the path that the service was started with")
+
+
 async def open_link(path: str, client: str, owner: int | None) -> Link:
     """Connect once, to a service of this user or of ``owner``.
 
-    Raises ``ServiceUnavailableError`` (nobody listens, or refuses), ``ProtocolError``.
+    Raises ``ConfigError`` (no socket), ``ServiceUnavailableError`` (nobody listens, or refuses), ``ProtocolError``.
     """
     loop = asyncio.get_running_loop()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
@@ -253,6 +272,7 @@ async def open_link(path: str, client: str, owner: int | None) -> Link:
         except TimeoutError:
             raise ServiceUnavailableError(f"the service at {path} does not answer; it may be overloaded") from None
         except OSError as error:
+            _check_is_socket(path)
             raise ServiceUnavailableError(
                 f"no service answers at {path} ({error.strerror}); start one: cascade-aio serve ROOT --socket {path}"
             ) from None

@@ -84,6 +84,12 @@ class Node:
     def verifies(self) -> bool:
         return self.config.verify_seals
 
+    @property
+    def failure(self) -> str | None:
+        """What the store died of, if it did: it refuses everything from then on."""
+        failure = self.store.parts.context.failure
+        return None if failure is None else repr(failure)
+
     def note_error(self, text: str) -> None:
         self.errors.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text}")
 

@@ -14,6 +14,7 @@ import importlib.resources
 import logging
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ logger = logging.getLogger("cascade_aio.service")
 VIEWERS_MAX = 32
 """Pages that are updated at a time; more are told to come back later."""
 STOP_SECONDS_MAX = 5.0
+UNHEALTHY_SECONDS = 10.0
+"""A service whose loop has taken no snapshot for so long does not answer its clients either."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; connect-src 'self'",
     "X-Content-Type-Options": "nosniff",
@@ -105,7 +108,7 @@ def _listen(address: str) -> socket.socket:
 
 
 def application(sampler: Sampler) -> Any:
-    """The Starlette application: ``/`` page, ``/metrics``, ``/status.json``, ``/events``."""
+    """The Starlette application: ``/`` page, ``/metrics``, ``/status.json``, ``/events``, ``/healthz``."""
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response, StreamingResponse
@@ -126,6 +129,10 @@ def application(sampler: Sampler) -> Any:
 
     async def status(_: Request) -> Response:
         return Response(_json(sampler.latest), media_type="application/json", headers=_HEADERS)
+
+    async def health(_: Request) -> Response:
+        wrong = illness(sampler.latest, time.monotonic())
+        return Response(wrong or "ok\n", status_code=503 if wrong else 200, media_type="text/plain", headers=_HEADERS)
 
     async def events(request: Request) -> Response:
         if viewers.locked():
@@ -148,8 +155,17 @@ def application(sampler: Sampler) -> Any:
         Route("/metrics", metrics),
         Route("/status.json", status),
         Route("/events", events),
+        Route("/healthz", health),
     ]
     return Starlette(routes=[*routes])
+
+
+def illness(latest: dict[str, Any], now_s: float) -> str | None:
+    """Why a service with this snapshot serves nobody, for who would start it again; ``None``: it serves. Pure."""
+    if latest["failure"] is not None:
+        return f"a background task of the store failed: {latest['failure']}\n"
+    age_s = now_s - latest["taken_s"]
+    return f"the service has not answered for {age_s:.0f} s\n" if age_s > UNHEALTHY_SECONDS else None
 
 
 def _json(record: Any) -> bytes:

@@ -60,6 +60,8 @@ class Sampler:
         self._before = (now_s, counted)
         self.latest = {
             "time": time.time(),
+            "taken_s": now_s,
+            "failure": self._node.failure,
             "statistics": statistics,
             "tiers": _tiers(statistics),
             "history": list(self._history),

@@ -33,6 +33,7 @@ from cascade_aio.errors import ProtocolError, TierFullError
 from cascade_aio.store import open_store
 from cascade_aio.store.context import TaskScope
 from cascade_aio.store.publishing import Publisher
+from cascade_aio.tiers.arena import check_shm_dir
 from cascade_aio.tiers.directory import ClientPins
 
 logger = logging.getLogger("cascade_aio.service")
@@ -296,6 +297,7 @@ async def serve(config: StoreConfig, service: ServiceConfig | None = None) -> As
     service = ServiceConfig() if service is None else service
     config = dataclasses.replace(config, warm_restart=True)
     group = None if service.group is None else group_id(service.group)
+    check_shm_dir(config.shm_dir)  # the socket is there, too, and would complain of a lock that nobody has heard of
     place = OwnedSocket(service.socket or default_socket(config), group=group)
     try:
         async with open_store(config) as store:

@@ -139,7 +139,8 @@ class Session(asyncio.Protocol):
         self._pump()
 
     def _pump(self) -> None:
-        """Handle whole messages, a bounded number in one turn."""
+        """Handle whole messages, a bounded number in one turn; what is answered at once leaves at once."""
+        flushing, self._flushing = self._flushing, True
         try:
             for _ in range(MESSAGES_PER_TURN_MAX):
                 if self._busy or self._ended.is_set():
@@ -152,6 +153,8 @@ class Session(asyncio.Protocol):
                 self._pump_soon()
         except ProtocolError as error:
             self.refuse(error)
+        self._flush()
+        self._flushing = flushing
         self._regulate()
 
     # -- messages -------------------------------------------------------------------------------

@@ -73,9 +73,14 @@ def arena_path(config: StoreConfig) -> str:
     return os.path.join(config.shm_dir, arena_name(kept))
 
 
-def socket_of_root(root: str | os.PathLike[str]) -> str:
-    """The default socket of a service on ``root`` on this node."""
-    return default_socket(make_config(root))
+def socket_path_of(root: str | os.PathLike[str]) -> str:
+    """Where a service on ``root`` listens on this node, if it was not told where (``--socket``, ``--arena``,
+    ``--shm-dir``). Whether one does is not looked at. Raises ``ConfigError`` for a root that is no directory.
+    """
+    config = make_config(root)
+    if not os.path.isdir(config.root):
+        raise ConfigError(f"root={config.root!r} is no directory; name the root of a service: cascade-aio serve ROOT")
+    return default_socket(config)
 
 
 def check_socket_path(path: str) -> None:

@@ -48,7 +48,7 @@ from cascade_aio.store.rewarming import rewarm, write_unwritten
 from cascade_aio.store.scrubbing import Scrubber
 from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.store import Store
-from cascade_aio.tiers.arena import Arena, PrivateArena, SharedArena, open_arena, open_kept_arena
+from cascade_aio.tiers.arena import NO_ARENA, Arena, PrivateArena, SharedArena, open_arena, open_kept_arena
 from cascade_aio.tiers.directory import ArenaDirectory
 from cascade_aio.tiers.directory_format import DirectoryIdentity
 from cascade_aio.tiers.disk import DiskTier
@@ -292,7 +292,8 @@ async def _publish(
         report = context.rewarmed
         logger.info("%d blocks of %s were in the arena %s", report.blocks, format_size(report.bytes), arena.path)
     else:
-        logger.info("the arena %s starts empty: %s", arena.path, empty_because)
+        level = logging.INFO if empty_because == NO_ARENA else logging.WARNING  # a warm start was to be expected
+        logger.log(level, "the arena %s starts empty: %s", arena.path, empty_because)
     publisher.start()
     context.publisher = publisher
     context.tasks.spawn(publisher.run(), "cascade-publisher")

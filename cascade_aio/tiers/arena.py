@@ -27,6 +27,8 @@ from cascade_aio.io.waiting import call_in_thread, call_with_undo
 from cascade_aio.tiers.directory import ArenaDirectory, DirectoryUnusableError, remove_files
 from cascade_aio.tiers.directory_format import DIRECTORY_SUFFIX, DirectoryIdentity
 
+NO_ARENA = "there was no arena"
+"""Why an arena that is kept starts empty the first time."""
 MAPPING_ALIGNMENT = 2 << 20
 """A huge page of x86-64 and of aarch64 with 4 KiB pages."""
 
@@ -201,12 +203,16 @@ async def _mapped(fd: int, path: str, nbytes: int) -> SharedArena:
             os.close(fd)
 
 
+def check_shm_dir(directory: str) -> None:
+    """Raises ``ConfigError`` where no arena can be."""
+    if not os.path.isdir(directory):
+        raise ConfigError(f"shm_dir={directory!r} is not a directory; point it at a tmpfs such as /dev/shm")
+
+
 def _lock_file(path: str) -> int:
     """A new, empty, locked file at ``path``; what a crashed owner left there is removed, never used again:
     a process that still maps it must not see our bytes."""
-    directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
-        raise ConfigError(f"shm_dir={directory!r} is not a directory; point it at a tmpfs such as /dev/shm")
+    check_shm_dir(os.path.dirname(path))
     for _ in range(_OPEN_ATTEMPTS_MAX):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -224,7 +230,7 @@ def _take_over(path: str, identity: DirectoryIdentity) -> SharedArena | str:
     ``open_arena`` to remove. Raises ``ConfigError`` for what is in use or is none."""
     fd = _lock_stale(path)
     if fd is None:
-        return "there was no arena"
+        return NO_ARENA
     arena: SharedArena | None = None
     try:
         found = os.fstat(fd)

@@ -67,13 +67,16 @@ async def test_top_looks_and_ends(tmp_path: Path) -> None:
         (["prefetch", "--socket", "/x", "--keys", "/no/such/file"], "/no/such/file"),
         (["top", "--socket", "/x", "--interval", "0"], "--interval"),
         (["top", "--root", "ROOT"], "cascade-aio serve"),
+        (["serve", "ROOT/a/b"], "--create"),
+        (["serve", "ROOT", "--shm-dir", "/no/such"], "shm_dir='/no/such' is not a directory"),
     ],
 )
 def test_a_wrong_call_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        main([str(tmp_path / "kv") if word == "ROOT" else word for word in words])
+        main([word.replace("ROOT", str(tmp_path / "kv")) for word in words])
+    assert not list(tmp_path.iterdir()), "nothing is made by mistake"
     assert end.value.code in (1, 2)
     assert complaint in capsys.readouterr().err
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.server
+import importlib.resources
 import json
 import shutil
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -31,7 +34,7 @@ parser = pytest.importorskip(
     "prometheus_client.parser", reason="the extra 'service' is not installed: pip install 'cascade_aio[service]'"
 )
 
-from cascade_aio.daemon.page import listening, page  # noqa: E402
+from cascade_aio.daemon.page import UNHEALTHY_SECONDS, illness, listening, page  # noqa: E402
 
 BROWSER_SECONDS_MAX = 45
 
@@ -171,12 +174,85 @@ async def test_an_address_in_use_is_named_before_anything_is_made(tmp_path: Path
     assert not list(Path("/dev/shm").glob(f"{config.arena}*"))
 
 
-@pytest.mark.parametrize("blocks", [0, 40])
-async def test_a_browser_draws_it(tmp_path: Path, blocks: int) -> None:
-    """An empty and a full store in headless Chromium."""
+async def test_health_is_told_to_who_would_start_it_again(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, shown(service) as url:
+        assert await asyncio.to_thread(fetch, url + "healthz") == (200, "text/plain; charset=utf-8", "ok\n")
+        service.node.store.parts.context.fail(RuntimeError("on purpose"))
+        latest = Sampler(service.node).latest
+        assert "on purpose" in (illness(latest, latest["taken_s"]) or "")
+
+        async def ill() -> bool:
+            return (await asyncio.to_thread(fetch, url + "healthz"))[0] == 503
+
+        await eventually(ill)
+
+
+def test_a_service_that_answers_nobody_is_ill() -> None:
+    latest = {"failure": None, "taken_s": 100.0}
+    assert illness(latest, 100.0 + UNHEALTHY_SECONDS) is None
+    assert illness(latest, 101.0 + UNHEALTHY_SECONDS) == "the service has not answered for 11 s\n"
+
+
+def browser() -> str:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("there is no chromium: apt-get install chromium")
+    return chromium
+
+
+class DyingPage(http.server.BaseHTTPRequestHandler):
+    """The page's own files, one event, and then nothing any more."""
+
+    snapshot: ClassVar[bytes]
+    asked: ClassVar[list[str]]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        kinds = {"/": ("status.html", "text/html"), "/status.js": ("status.js", "text/javascript")}
+        if self.path in kinds:
+            name, kind = kinds[self.path]
+            self._answer(kind, (importlib.resources.files("cascade_aio.daemon") / "assets" / name).read_bytes())
+        elif self.path == "/events" and self.asked.count("/events") == 1:
+            self._answer("text/event-stream", b"data: " + self.snapshot + b"\n\n")
+        else:
+            self.send_error(503)
+
+    def _answer(self, kind: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+async def test_a_browser_says_that_the_connection_is_dead(tmp_path: Path) -> None:
+    """It shows what it heard last, and that nothing comes any more."""
+    chromium = browser()
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        await store.put(*block_bytes(1))
+        DyingPage.snapshot = json.dumps(Sampler(service.node).latest, default=str).encode()
+        DyingPage.asked = []
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), DyingPage) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            try:
+                url = f"http://127.0.0.1:{server.server_address[1]}/"
+                dom = await asyncio.to_thread(_dump, chromium, url, tmp_path / "browser")
+            finally:
+                await asyncio.to_thread(server.shutdown)
+                await asyncio.to_thread(thread.join)
+    assert "/events" in DyingPage.asked
+    assert "1 blocks" in dom
+    assert "connection lost" in dom
+    assert 'class="dead"' in dom
+
+
+@pytest.mark.parametrize("blocks", [0, 40])
+async def test_a_browser_draws_it(tmp_path: Path, blocks: int) -> None:
+    """An empty and a full store in headless Chromium."""
+    chromium = browser()
     async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
         for i in range(blocks):
             await store.put(*block_bytes(i, 300_000, 300_000), prefix=KEYS[0] if i == 0 else None)

@@ -115,7 +115,7 @@ function state(text, dead) {
 }
 
 function follow() {
-  let heard = 0;
+  let heard = Date.now();
   const source = new EventSource("events");
   source.onmessage = (event) => {
     heard = Date.now();
@@ -124,7 +124,7 @@ function follow() {
   };
   source.onerror = () => state("connection lost, trying again", true);
   setInterval(() => {
-    if (heard && Date.now() - heard > DEAD_AFTER_MS) state("connection lost, trying again", true);
+    if (Date.now() - heard > DEAD_AFTER_MS) state("connection lost, trying again", true);
   }, 1000);
 }
 
