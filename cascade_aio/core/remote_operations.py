@@ -53,7 +53,7 @@ class Region(enum.IntEnum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Get:
-    """Copy ``len(into)`` bytes from a rank's region. ``tell``, if any, is called (by the loop) when they are there."""
+    """Copy ``len(into)`` bytes from a rank's region. ``tell``, if any, is called by the driver when they are there."""
 
     rank: int
     region: Region
@@ -290,7 +290,7 @@ def read(
     """Take the copy of ``listing`` in ``pieces`` (first byte and end within the record) into ``into``.
 
     Generation and first piece go together; a copy that has gone by then costs no more. ``tell(first, end)`` is
-    called by the loop as pieces arrive; what they hold means nothing before the end is ``VALID``.
+    called by the driver as pieces arrive; what they hold means nothing before the end is ``VALID``.
     """
     word = bytearray(GENERATION_BYTES)
     generation = Get(listing.rank, Region.CONTROL, GENERATION_BYTES * listing.slot, memoryview(word))

@@ -78,7 +78,7 @@ class Joining:
         self._owes_answer = False
         self._context = context
         tier = await RemoteTier.open(
-            self._group, context.platform.engine, control, store=context.store_id, digest=context.config.digest,
+            self._group, control, store=context.store_id, digest=context.config.digest,
             arena_bytes=context.shm.capacity_bytes, seconds_max=context.config.remote_seconds_max,
         )  # fmt: skip
         push(tier.aclose)

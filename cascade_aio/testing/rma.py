@@ -15,12 +15,15 @@ import asyncio
 import itertools
 import mmap
 import random
-from typing import Any, TypeVar
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any, ParamSpec, TypeVar
 
 from cascade_aio.core.remote_operations import Command, Get, Operation, Put, Region, Swap
 from cascade_aio.errors import BrokenTierError, ClosedError
 from cascade_aio.tiers.remote.group import FACTS_BYTES_MAX, Call, Regions
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 STEP_SECONDS = 1e-4
@@ -28,6 +31,15 @@ STEP_SECONDS = 1e-4
 
 PIECES_MAX = 6
 """A get is taken in at most so many pieces."""
+
+
+class _AtOnce(Executor):
+    """Does what it is given, in the call."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 class FakeRanks:
@@ -81,6 +93,7 @@ class FakeGroup:
         self._ranks = ranks
         self.rank = rank
         self.size = ranks.size
+        self.checks: Executor = _AtOnce()
         self._next_vote = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False

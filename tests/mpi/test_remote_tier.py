@@ -24,7 +24,7 @@ def test_every_rank_reads_from_every_other(launch: Launch, tmp_path: Path) -> No
 
 
 def test_extents_reused_while_others_read_them_never_give_a_wrong_byte(launch: Launch, tmp_path: Path) -> None:
-    outcome = launch(job("arenas_change_under_readers"), root=str(tmp_path / "kv"), seconds=4.0)
+    outcome = launch(job("arenas_change_under_readers"), root=str(tmp_path / "kv"), seconds=2.5)
     results = outcome.results(RANKS)
     assert sum(result["wrong"] for result in results) == 0
     assert sum(result["torn"] for result in results) == 0

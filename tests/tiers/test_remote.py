@@ -268,7 +268,7 @@ async def test_extents_reused_while_they_are_read_never_give_a_wrong_byte(seed: 
 
         async def write() -> None:
             nonlocal done
-            for number in range(160):
+            for number in range(120):
                 nbytes = chance.choice((20, 60, 130)) * KIB
                 name = f"{seed}-{number}"
                 ids.append((await put(stores[0], name, nbytes), name, nbytes))
@@ -292,10 +292,10 @@ async def test_extents_reused_while_they_are_read_never_give_a_wrong_byte(seed: 
 
         await asyncio.gather(write(), *(read(store) for store in stores[1:] for _ in range(3)))
         counts = [remote(store) for store in stores[1:]]
-        assert sum(count["reads"] for count in counts) > 50
-        assert sum(count["stale"] for count in counts) > 5
+        assert sum(count["reads"] for count in counts) > 30
+        assert sum(count["stale"] for count in counts) > 3
         assert sum(count["torn"] for count in counts) == 0
-        assert reads > 100
+        assert reads > 60
         for store in stores:
             check_invariants(store)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from concurrent.futures import Executor
 from typing import Any, Generic, Protocol, TypeVar
 
 from cascade_aio.core.remote_operations import Operation
@@ -64,6 +65,11 @@ class RmaGroup(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def checks(self) -> Executor:
+        """Where bytes that have landed are looked at, without the loop: ``Get.tell`` submits to it."""
+        ...
 
     async def join(self, arena_bytes: int, control_bytes: int) -> Regions:
         """Collective, first: make regions of these sizes, which all others may reach into.

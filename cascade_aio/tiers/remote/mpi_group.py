@@ -25,6 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,11 +33,15 @@ from numpy.typing import NDArray
 
 from cascade_aio.core.remote_operations import Command, Get, Operation, Put, Region, Swap
 from cascade_aio.errors import BrokenTierError, ClosedError, ConfigError, ThrottledError
+from cascade_aio.io.daemon_threads import DaemonThreads
 from cascade_aio.tiers.remote.group import FACTS_BYTES_MAX, Call, Regions
 
 logger = logging.getLogger("cascade_aio.remote")
 
 T = TypeVar("T")
+
+CHECKERS = 2
+"""Threads that look at what has landed: one keeps up with a copy at memory speed, two with what cores there are."""
 
 CALLS_MAX = 4096
 """Operations under way; beyond, new ones fail at once (and the next tier serves)."""
@@ -140,6 +145,7 @@ class MpiGroup:
         self._fd_lock = threading.Lock()
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._loop.add_reader(self._event_fd, self._deliver)
+        self.checks: Executor = DaemonThreads(CHECKERS, "cascade-remote-check")
         self._thread = threading.Thread(target=self._main, name="cascade-mpi", daemon=True)
         self._thread.start()
 
@@ -206,6 +212,7 @@ class MpiGroup:
                 await asyncio.to_thread(gc.collect)
             self._send(self._leave)
             await asyncio.to_thread(self._freed.wait, CLOSE_SECONDS_MAX)
+        self.checks.shutdown()
         self._deliver()
         for call in list(self._under_way):
             self._fail(call, ClosedError("the store was closed"))
@@ -449,12 +456,10 @@ class MpiGroup:
             return False
         left: list[tuple[Any, Get, float]] = []
         now_s = time.monotonic()
-        told = False
         for request, command, deadline_s in running.requests:
             if self._is_complete(request, command):
                 if command.tell is not None and not command.lost:
-                    self._outgoing.append(command.tell)
-                    told = True
+                    command.tell()
             elif now_s > deadline_s:
                 command.lost = self._lost_any = True
                 running.aside.append((request, command))
@@ -463,8 +468,6 @@ class MpiGroup:
                 left.append((request, command, deadline_s))
         moved = len(left) < len(running.requests)
         running.requests = left
-        if told:
-            self._tell(lambda: None)
         return moved
 
     def _is_complete(self, request: Any, command: Get) -> bool:

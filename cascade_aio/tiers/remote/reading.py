@@ -4,7 +4,7 @@ Two things must agree before anybody sees a byte: the copy's generation, which t
 the memory again, read before the first byte and after the last; and the record itself, whose header and
 chunks carry checksums and whose digest is that of the block that was asked for.
 
-Invariant: the extent is somebody's until ``when_settled`` says otherwise, whatever became of the outcome: a rank
+Invariant: the extent is the transport's until ``when_settled`` says otherwise, whatever became of the outcome: a rank
 that does not answer may still write to it.
 """
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
 
-from cascade_aio.abc.storage import PAGE_BYTES, ByteEngine
+from cascade_aio._native import crc32c_chunks
+from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.core.remote_directory import Listing
 from cascade_aio.core.remote_operations import ReadEnd, read
 from cascade_aio.errors import ConfigError, CorruptionError
@@ -40,36 +41,34 @@ class Torn(enum.Enum):
 
 
 class RemoteRead:
-    """One transfer of ``listing`` into ``memory``, exactly as long as the record. Loop thread only."""
+    """One transfer of ``listing`` into ``memory``, exactly as long as the record. Loop thread only, but ``_landed``."""
 
-    def __init__(self, group: RmaGroup, engine: ByteEngine, listing: Listing, memory: memoryview, digest: str) -> None:
+    def __init__(self, group: RmaGroup, listing: Listing, memory: memoryview, digest: str) -> None:
         assert len(memory) == listing.record_bytes, (len(memory), listing)
         self._group = group
-        self._engine = engine
         self._listing = listing
         self._memory = memory
         self._digest = digest
         self._header_bytes = listing.header_pages * PAGE_BYTES
-        self._checks: dict[int, asyncio.Task[tuple[int, ...]]] = {}
-        self._crcs: tuple[int, ...] | None = None
+        self._checks: dict[int, Future[tuple[int, ...]]] = {}
         self._given_up = False
         pieces = remote_pieces(self._header_bytes, listing.record_bytes)
-        self._in_one = len(pieces) == 1  # nothing arrives later that could be waited for meanwhile
         self.call: Call[ReadEnd] = group.submit(read(listing, memory, pieces, self._landed))
 
     def _landed(self, first: int, end: int) -> None:
+        """In the group's thread: a piece is there. The next one is on its way while this one is looked at."""
         payload = self._memory[max(first, self._header_bytes) : end]
-        if not self._given_up and not self._in_one:
-            self._checks[first] = asyncio.ensure_future(_run(self._engine.checksum(payload, CHUNK_BYTES)))
+        if len(payload) and not self._given_up:
+            self._checks[first] = self._group.checks.submit(crc32c_chunks, payload, CHUNK_BYTES)
 
     async def judged(self) -> RecordHeader | Torn:
-        """The verified header. After the call's outcome was ``VALID``."""
+        """The verified header. After the call's outcome was ``VALID``: then all pieces have landed."""
         crcs: list[int] = []
-        if self._in_one and self._crcs is None:
-            self._crcs = await self._engine.checksum(self._memory[self._header_bytes :], CHUNK_BYTES)
-        crcs += self._crcs or ()
         for first in sorted(self._checks):
-            crcs += await self._checks[first]
+            check = self._checks[first]
+            if not check.done():
+                await asyncio.wrap_future(check)
+            crcs += check.result()
         header = self._decoded()
         if header is None:
             return Torn.HEADER
@@ -97,26 +96,13 @@ class RemoteRead:
         """Nobody wants it any more."""
         self._given_up = True
         self.call.abandon()
-        for check in self._checks.values():
-            check.cancel()
 
     def when_settled(self, then: Callable[[], None]) -> None:
-        """Call ``then`` once nobody touches the memory any more: at once, later, or never if a rank never answers."""
-        left: set[asyncio.Future[Any]] = {self.call.settled, *self._checks.values()}
-        left = {future for future in left if not future.done()}
-        if not left:
+        """Call ``then`` once nobody writes to the memory any more: at once, later, or never if a rank never answers.
+
+        A check that is still under way only reads, and nobody hears its answer.
+        """
+        if self.call.settled.done():
             then()
-            return
-
-        def done(future: asyncio.Future[Any]) -> None:
-            left.discard(future)
-            if not left:
-                then()
-
-        for future in list(left):
-            future.add_done_callback(done)
-
-
-async def _run(work: Any) -> tuple[int, ...]:
-    crcs: tuple[int, ...] = await work
-    return crcs
+        else:
+            self.call.settled.add_done_callback(lambda _: then())

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from cascade_aio.abc.storage import ByteEngine
 from cascade_aio.core.remote_directory import (
     CLOSED,
     GENERATION_BYTES,
@@ -130,13 +129,11 @@ class RemoteTier:
     def __init__(
         self,
         group: RmaGroup,
-        engine: ByteEngine,
         control: memoryview,
         facts: Sequence[dict[str, Any]],
         seconds_max: float,
     ) -> None:
         self._group = group
-        self._engine = engine
         self._control = control
         self._seconds_max = seconds_max
         self._digest: str = facts[group.rank]["digest"]
@@ -159,7 +156,7 @@ class RemoteTier:
 
     @classmethod
     async def open(
-        cls, group: RmaGroup, engine: ByteEngine, control: memoryview, *, store: bytes, digest: str, arena_bytes: int,
+        cls, group: RmaGroup, control: memoryview, *, store: bytes, digest: str, arena_bytes: int,
         seconds_max: float,
     ) -> RemoteTier:  # fmt: skip
         """Collective. Raises ``ConfigError`` where the ranks do not belong together, ``BrokenTierError`` where one
@@ -174,7 +171,7 @@ class RemoteTier:
             ):
                 if fact[key] != facts[0][key]:
                     raise ConfigError(f"rank {rank} has {key} {fact[key]} and rank 0 {facts[0][key]}: {cure}")
-        return cls(group, engine, control, facts, seconds_max)
+        return cls(group, control, facts, seconds_max)
 
     @property
     def rank(self) -> int:
@@ -268,7 +265,7 @@ class RemoteTier:
         if not self.serves or listing.rank in self.membership.gone:
             free()
             return None
-        transfer = RemoteRead(self._group, self._engine, listing, memory, self._digest)
+        transfer = RemoteRead(self._group, listing, memory, self._digest)
         header: RecordHeader | None = None
         try:
             header = await self._verdict(transfer, listing)
