@@ -14,6 +14,7 @@ from rich.console import Console
 from bench import results, runner, table
 from bench.machine import REPOSITORY
 from bench.mpi import app as mpi
+from bench.report.command import report
 from bench.results import BenchError
 from bench.scale import FULL, QUICK, REPEATS_MIN
 from bench.suite import commands
@@ -37,6 +38,7 @@ app.add_typer(mpi.app, name="mpi")
 app.command()(commands.install)
 app.command()(commands.conform)
 app.command()(commands.generate)
+app.command()(report)
 
 
 @app.command()

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from bench.app import app
 from bench.machine import REPOSITORY
 from bench.report import claims, figures, latex, markdown, readme
-from bench.report.command import report
 from bench.report.parts import Part, load_parts, tables
 from bench.results import BenchError, Environment
 from bench.suite import results as suite
@@ -29,8 +28,6 @@ from bench.suite.results import (
 )
 
 MIB = 1 << 20
-app = typer.Typer()
-app.command()(report)
 
 
 def _sample(repeat: int, value: float, cpu_s: float, latencies: bool) -> Sample:
@@ -206,7 +203,7 @@ def test_the_command_writes_what_check_then_accepts(measured: SuiteFile, tmp_pat
     result, page = tmp_path / "systems-1.json", tmp_path / "README.md"
     save(result, measured)
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    arguments = [str(result), "--out", str(tmp_path), "--readme", str(page), "--no-figures"]
+    arguments = ["report", str(result), "--out", str(tmp_path), "--readme", str(page), "--no-figures"]
     assert CliRunner().invoke(app, [*arguments, "--check"]).exit_code == 1
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert CliRunner().invoke(app, [*arguments, "--check"]).exit_code == 0
@@ -223,7 +220,7 @@ def test_a_file_that_is_no_result_is_one_line(wrong: str | None, tmp_path: pathl
     path = tmp_path / "systems-1.json"
     if wrong is not None:
         path.write_text(wrong)
-    done = CliRunner().invoke(app, [str(path), "--out", str(tmp_path), "--no-figures"])
+    done = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path), "--no-figures"])
     assert done.exit_code == 1
     assert not list(tmp_path.glob("comparison.*"))
 
@@ -234,7 +231,7 @@ def test_a_readme_without_markers_is_refused() -> None:
 
 
 def test_our_readme_is_in_step_with_the_result_files() -> None:
-    done = CliRunner().invoke(app, ["--readme", str(REPOSITORY / "README.md"), "--check", "--no-figures"])
+    done = CliRunner().invoke(app, ["report", "--readme", str(REPOSITORY / "README.md"), "--check", "--no-figures"])
     assert done.exit_code == 0, done.output
 
 
