@@ -300,6 +300,7 @@ class DeviceBlock:
         arrays = [self._key, self._value, *(part() for part in self._parts)]
         self._key = self._value = None
         self._parts = []
+        self.tier_of_device.exports.settle()
         survivors = Survivors(copy, self.desk, self.number)
         for array in arrays:
             if array is not None:

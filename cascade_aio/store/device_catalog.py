@@ -70,8 +70,8 @@ class DeviceCopy:
 
     @property
     def sealed(self) -> bool:
-        """Every piece is enqueued."""
-        return self.state is CopyState.SEALED or self.state is CopyState.COPYING
+        """Every piece is enqueued; also of a copy that was dropped and is still leased."""
+        return self.state is not CopyState.FILLING
 
     @property
     def landed(self) -> bool:
@@ -282,10 +282,10 @@ class DeviceCatalog:
     def _pass_first(self) -> bool:
         if not self._fences:
             return False
-        event, copy = self._fences[0]
+        event, copy = self._fences.popleft()  # first: asking a device that is lost settles all the others
         if not self.tier.passed(event):
+            self._fences.appendleft((event, copy))
             return False
-        self._fences.popleft()
         self.release(copy)
         return True
 

@@ -157,8 +157,9 @@ class Devices:
         """After the store's tasks have ended: wait for what is in flight, give everything back."""
         for device in self.devices.values():
             device.catalog.room.close(ClosedError(f"the store on {self.context.config.root} was closed"))
-            device.desk.settle()
             await device.tier.drain()
+            device.tier.exports.settle()
+            device.desk.settle()
             await _settle_fences(device.catalog)
             device.catalog.close()
         if self._pins is not None:
@@ -250,6 +251,7 @@ class DeviceSource:
                 ticket = copy.last_ticket(0, copy.payload_bytes)
                 if ticket is not None:
                     await ticket.watched()
+            self._context.check()
             self._device.tier.check()
             return self._lend(copy, tier, early=early)
         finally:
@@ -313,6 +315,7 @@ class DeviceSource:
                 await last.watched()
             else:
                 self._device.tier.order(self._stream, last)
+        self._context.check()
         self._device.tier.check()
 
     def _lend(self, copy: DeviceCopy, tier: Tier, *, early: bool = False) -> DeviceBlock:

@@ -93,7 +93,8 @@ class _Access:
 
 
 class FakeGpu:
-    """One device. ``delay_s_max``: how late, at most, the next operation runs; 0: in the next turn of the loop."""
+    """One device. ``delay_s_max``: how late, at most, the next operation runs; 0: in the next turn of the loop.
+    ``beside``: another device of the same host, for which the same memory is page-locked."""
 
     def __init__(
         self,
@@ -104,6 +105,7 @@ class FakeGpu:
         batches_copies: bool = True,
         delay_s_max: float = 0.0005,
         seed: int = 0,
+        beside: FakeGpu | None = None,
     ) -> None:
         self.ordinal = ordinal
         self.description = "a device of memory"
@@ -120,7 +122,8 @@ class FakeGpu:
         self._delay_s_max = delay_s_max
         self._failures: dict[str, list[DeviceError]] = collections.defaultdict(list)
         self._memory: dict[int, memoryview] = {}
-        self._pinned: dict[int, int] = {}
+        self._pinned: dict[int, int] = {} if beside is None else beside._pinned
+        self._shares = beside is not None
         self._pinned_memory: dict[int, memoryview] = {}
         self._streams: dict[int, collections.deque[_Op]] = {LEGACY_STREAM: collections.deque()}
         self._dying_streams: set[int] = set()
@@ -312,7 +315,7 @@ class FakeGpu:
         self.closed = True
         left = {
             "device memory": len(self._memory),
-            "pinned memory": len(self._pinned),
+            "pinned memory": len(self._pinned_memory) if self._shares else len(self._pinned),
             "events": len(self._events),
             "streams": len(self._streams) - 1 - len(self._dying_streams),
         }

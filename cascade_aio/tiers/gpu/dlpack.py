@@ -37,7 +37,12 @@ class Exports:
     def close(self) -> None:
         """No more will be shown. Releases are still heard while the loop runs."""
         self._closing = True
-        self._on_release()
+        self.settle()
+
+    def settle(self) -> None:
+        """Let go of what has been released by now, without waiting to be told."""
+        if self._shown or self._closing:
+            self._on_release()
 
     def _on_release(self) -> None:
         if self._event_fd < 0:
