@@ -25,7 +25,7 @@ from cascade_aio.segments.table import SegmentEntry
 from cascade_aio.store.compacting import STEP_BLOCKS
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.merging import PROVISIONAL
-from cascade_aio.store.recovering import take_in
+from cascade_aio.store.recovering import in_steps, take_in
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -111,32 +111,30 @@ class Adopter:
 
     async def _take_stock(self, entries: Sequence[SegmentEntry]) -> None:
         """What is in these segments is ours from now on. In steps; whatever changes meanwhile is looked at as it is."""
-        context = self._context
-        catalog, index = context.catalog, context.catalog.index
         whole = {entry.number for entry in entries if entry.sealed and not entry.unreadable}
-        found = context.merger.adopted(whole)
+        found = self._context.merger.adopted(whole)
         for entry in entries:
             entry.writing = True  # not to be reclaimed before it is known what is read from it
         try:
-            for count, _ in enumerate(found, 1):
-                if not count % STEP_BLOCKS:
-                    await asyncio.sleep(0)
+            await in_steps(found)
+            for entry in entries:
+                await self._own_rows(entry, whole=entry.number in whole)
         finally:
-            for _ in found:
-                pass  # cut short: the rest at once
             for entry in entries:
                 entry.writing = False
-        for entry in entries:
-            for count, row in enumerate(index.rows_in_segment(entry.number).tolist(), 1):
-                if not count % STEP_BLOCKS:
-                    await asyncio.sleep(0)
-                if not index.is_in_segment(row, entry.number):
-                    continue  # gone since
-                if entry.number in whole and index.flags(row) & PROVISIONAL:
-                    # What was seen while it was being written and is not told as durable now has come to nothing.
-                    catalog.unplace(row)
-                else:
-                    catalog.own_row(row)
+
+    async def _own_rows(self, entry: SegmentEntry, *, whole: bool) -> None:
+        catalog, index = self._context.catalog, self._context.catalog.index
+        for count, row in enumerate(index.rows_in_segment(entry.number).tolist(), 1):
+            if not count % STEP_BLOCKS:
+                await asyncio.sleep(0)
+            if not index.is_in_segment(row, entry.number):
+                continue  # gone since
+            if whole and index.flags(row) & PROVISIONAL:
+                # What was seen while it was being written and is not told as durable now has come to nothing.
+                catalog.unplace(row)
+            else:
+                catalog.own_row(row)
 
     def _let_go_of_empty(self) -> None:
         """A directory of which nothing is left is of use to a newcomer."""

@@ -97,7 +97,8 @@ class CatalogMerger:
             self.hearsay |= fact.provisional
             self.bury(fact.block_id, fact.stamp)
         elif isinstance(fact, VanishedFact):
-            self._vanished(fact.segment)
+            for _ in self.vanished(fact.segment):
+                continue
         elif isinstance(fact, LostFact):
             self._lose(fact)
         elif isinstance(fact, DamageFact):
@@ -256,9 +257,13 @@ class CatalogMerger:
         newer = self._newer.get(fact.block_id)
         return fact.stamp >= (index.stamp(row) if newer is None else newer.own_stamp)
 
-    def _vanished(self, segment: int) -> None:
-        for row in self._catalog.index.rows_in_segment(segment).tolist():
-            self._catalog.unplace(row)
+    def vanished(self, segment: int) -> Iterator[None]:
+        """A segment is gone, and what was in it. In steps, one for each block."""
+        catalog = self._catalog
+        for row in catalog.index.rows_in_segment(segment).tolist():
+            if catalog.index.is_in_segment(row, segment):
+                catalog.unplace(row)
+            yield
 
     def _lose(self, fact: LostFact) -> None:
         index = self._catalog.index

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import posixpath
 import struct
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -26,13 +26,15 @@ from cascade_aio.segments.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from cascade_aio.segments.facts import BindingFact, BlockFact, Fact, TombstoneFact
+from cascade_aio.segments.facts import BindingFact, BlockFact, Fact, TombstoneFact, VanishedFact
 from cascade_aio.segments.format import NO_PARENT
 from cascade_aio.segments.layout import CHECKPOINT_FILE, Root, WriterClaim, largest_checkpoint
 from cascade_aio.segments.recovery import Recovery
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.merging import PROVISIONAL
 from cascade_aio.store.naming import Name
+
+STEPS_PER_TURN = 32
 
 TRIMMED_BLOCKS_MIN = 100_000
 """Opening more blocks than this leaves so much freed memory behind (80 bytes a block) that it is returned."""
@@ -80,6 +82,8 @@ async def take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
         async for fact in stream:
             if isinstance(fact, BlockFact | BindingFact | TombstoneFact):
                 context.disk.clock.observe(fact.stamp, wall_ns)
+            elif isinstance(fact, VanishedFact):
+                await in_steps(context.merger.vanished(fact.segment))
             try:
                 fresh += context.merger.apply(fact)
             except TierFullError as error:  # the index: what is known stays known, the root stays usable
@@ -92,6 +96,17 @@ async def take_in(context: StoreContext, facts: AsyncIterator[Fact]) -> int:
     if refused is not None:
         logger.warning("%d facts of the root are not known to this store: %s", context.facts_refused, refused)
     return fresh
+
+
+async def in_steps(work: Iterator[None]) -> None:
+    """Do ``work``, tens of microseconds a step, with turns of the loop between; all of it, also when cancelled."""
+    try:
+        for count, _ in enumerate(work, 1):
+            if not count % STEPS_PER_TURN:
+                await asyncio.sleep(0)
+    finally:
+        for _ in work:
+            continue
 
 
 async def _load(context: StoreContext, checkpoint: Checkpoint) -> Sequence[Cover]:
@@ -145,20 +160,11 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
     if context.facts_refused or context.index_doubtful:
         return  # it would say that what was refused need not be read again
     covers, positions = covers_of(context.disk.table)
-    columns = await asyncio.to_thread(_columns_of, context.catalog.index, positions)
+    columns = await asyncio.to_thread(_columns_of, context, positions)
     if context.merger.hearsay or (columns["flags"] & PROVISIONAL).any():
         return  # another writer may never have made it durable: the next session asks the segments
     if context.merger.reads_older:
         return  # it has room for one record of a block: of these, two count
-    tombstones = context.merger.facts.tombstones()
-    ids = np.frombuffer(b"".join(tombstones), dtype=np.uint8).reshape(-1, BLOCK_ID_BYTES)
-    columns["tombstone_id"] = ids
-    columns["tombstone_stamp"] = np.fromiter(tombstones.values(), dtype=np.uint64, count=len(tombstones))
-    rivals = b"".join(
-        _RIVAL.pack(name.block_id, name.key, name.parent or NO_PARENT, name.stamp)
-        for name in context.merger.names.rivals()
-    )
-    columns["rival"] = np.frombuffer(rivals, dtype=np.uint8).reshape(-1, _RIVAL.size)
     try:
         await write_checkpoint(
             context.platform.storage,
@@ -172,13 +178,26 @@ async def save_checkpoint(context: StoreContext, root: Root, claim: WriterClaim)
         logger.warning("no checkpoint was written in %s (opening will read the segments): %s", claim.path, error)
 
 
-def _columns_of(index: BlockIndex, positions: Mapping[int, int]) -> Columns:
-    """Blocks that are on disk, with segments called by their position in the checkpoint."""
-    columns = index.export_columns()
+def _columns_of(context: StoreContext, positions: Mapping[int, int]) -> Columns:
+    """Blocks that are on disk, with segments called by their position in the checkpoint; deletions, contested names.
+
+    In a worker thread, at the end of a session: nothing changes any more.
+    """
+    columns = context.catalog.index.export_columns()
     segment = columns["segment"]
     new_number = np.full(int(segment.max(initial=-1)) + 2, -1, dtype=np.int32)  # the last is what -1 looks up
     for number, position in positions.items():
         if number < len(new_number) - 1:
             new_number[number] = position
     columns["segment"] = new_number[segment]
-    return select_columns(columns, columns["segment"] >= 0)
+    columns = select_columns(columns, columns["segment"] >= 0)
+    tombstones = context.merger.facts.tombstones()
+    ids = np.frombuffer(b"".join(tombstones), dtype=np.uint8).reshape(-1, BLOCK_ID_BYTES)
+    columns["tombstone_id"] = ids
+    columns["tombstone_stamp"] = np.fromiter(tombstones.values(), dtype=np.uint64, count=len(tombstones))
+    rivals = b"".join(
+        _RIVAL.pack(name.block_id, name.key, name.parent or NO_PARENT, name.stamp)
+        for name in context.merger.names.rivals()
+    )
+    columns["rival"] = np.frombuffer(rivals, dtype=np.uint8).reshape(-1, _RIVAL.size)
+    return columns

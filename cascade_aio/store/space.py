@@ -42,7 +42,7 @@ from cascade_aio.segments.layout import Root, WriterClaim
 from cascade_aio.segments.writer import DUE_SECONDS
 from cascade_aio.store.compacting import STEP_BLOCKS, Compactor
 from cascade_aio.store.context import StoreContext
-from cascade_aio.store.tombstones import TombstoneJudge
+from cascade_aio.store.tombstones import STEP_FACTS, TombstoneJudge
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -304,7 +304,7 @@ class SpaceKeeper:
         uses = await self._worthwhile(cheap_only=hurry or not self._bandwidth)
         if not self._bandwidth and uses:  # nothing is copied but what must not be lost
             emptiest = min(uses, key=_fullness).number
-            self._evict(emptiest)
+            await self._evict(emptiest)
             uses = [use for use in self._uses() if use.number == emptiest]
         try:
             return await self._round(uses, self._pacer(None if hurry else self._bandwidth))
@@ -358,23 +358,28 @@ class SpaceKeeper:
             }
             if needed and await self._judge.needless(needed, beside=entry) != needed:
                 continue
-            for fact in notes.bindings:
+            for count, fact in enumerate(notes.bindings, 1):
+                if not count % STEP_FACTS:
+                    await asyncio.sleep(0)
                 row = index.find(fact.block_id)
                 if row >= 0 and index.find_prefix(fact.key) == row:
                     index.unbind(fact.key)
                     self._context.catalog.names.freed([fact.key])
-            self._evict(entry.number)
+            await self._evict(entry.number)
             if await self._compactor.remove([entry]):
-                self._judge.forget(needed)
+                await self._judge.forget(needed)
                 return True
         return False
 
-    def _evict(self, segment: int) -> None:
+    async def _evict(self, segment: int) -> None:
         """Forget what is on disk in this segment only."""
         catalog = self._context.catalog
-        for row in catalog.index.rows_in_segment(segment).tolist():
-            self.evicted_blocks += 1
-            catalog.unplace(row)
+        for count, row in enumerate(catalog.index.rows_in_segment(segment).tolist(), 1):
+            if not count % STEP_BLOCKS:
+                await asyncio.sleep(0)
+            if catalog.index.is_in_segment(row, segment):
+                self.evicted_blocks += 1
+                catalog.unplace(row)
 
     # -- on demand -----------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ class TombstoneJudge:
         facts = self._context.merger.facts
         self._looked_at = len(facts)
         needless = await self.needless(facts.tombstones(), stop=stop)
-        self.forget(needless)
+        await self.forget(needless)
         self._looked_at = len(facts)
         return len(needless)
 
@@ -98,7 +98,7 @@ class TombstoneJudge:
         Raises ``OSError`` if the root cannot be listed.
         """
         self.looks += 1
-        candidates = self._old_enough(stamps, self.settled_stamp(), await self._context.is_alone())
+        candidates = await self._old_enough(stamps, self.settled_stamp(), await self._context.is_alone())
         before = await self._segments() if candidates else None
         if before is None:
             return {}
@@ -107,18 +107,26 @@ class TombstoneJudge:
                 return {}
         return {} if stop() or await self._segments() != before else candidates
 
-    def forget(self, needless: Mapping[bytes, int]) -> None:
-        """Nothing is left that these deletions delete."""
-        for block_id, stamp in needless.items():
+    async def forget(self, needless: Mapping[bytes, int]) -> None:
+        """Nothing is left that these deletions delete. One that is newer by now stays."""
+        for count, (block_id, stamp) in enumerate(needless.items(), 1):
+            if not count % STEP_FACTS:
+                await asyncio.sleep(0)
             self._context.merger.facts.forget(block_id, stamp)
-        self.dropped += len(needless)
+            self.dropped += 1
 
-    def _old_enough(self, stamps: Mapping[bytes, int], newest: int, alone: bool) -> dict[bytes, int]:
+    async def _old_enough(self, stamps: Mapping[bytes, int], newest: int, alone: bool) -> dict[bytes, int]:
         """Those up to ``newest``; it is one of our clock's, so that whatever is put later is newer still."""
         context = self._context
         if not alone:
             newest = min(newest, context.platform.clock.wall_ns() - int(OTHERS_SECONDS * 1e9))
-        return {block_id: stamp for block_id, stamp in stamps.items() if stamp <= newest}
+        found: dict[bytes, int] = {}
+        for count, (block_id, stamp) in enumerate(stamps.items(), 1):
+            if not count % STEP_FACTS:
+                await asyncio.sleep(0)
+            if stamp <= newest:
+                found[block_id] = stamp
+        return found
 
     async def _segments(self) -> set[tuple[str, int]] | None:
         """All segments that are there, ``None`` unless they are those that the table knows.

@@ -35,6 +35,12 @@ from cascade_aio.segments.table import SegmentEntry, segment_path
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.merging import PROVISIONAL, LostSegment
 
+STEP_ROWS = 256
+"""Rows of the index, or of a checkpoint, looked at between two turns of the loop: some microseconds each."""
+
+STEP_COVERS = 16
+"""Segments of a checkpoint taken in between two turns of the loop."""
+
 SEGMENTS_AT_ONCE = 4
 """Segments read side by side: each through one buffer of 8 MiB."""
 
@@ -170,8 +176,8 @@ class Verifier:
                 reason = f"segment is {unreadable_reason(error)}"
                 found.unreadable.append(CorruptionError(reason, path=entry.path, segment=entry.name, unreadable=True))
             self.examinations.append(found)
-            self._check_claims(found)
-            self._check_index(found)
+            await self._check_claims(found)
+            await self._check_index(found)
 
     async def _walk(self, file: File, found: Examination) -> None:
         """Every record, and with them the tables that the footer has to be."""
@@ -253,12 +259,16 @@ class Verifier:
         for row in rows:
             self._distrust_row(row)
 
-    def _check_index(self, found: Examination) -> None:
+    async def _check_index(self, found: Examination) -> None:
         """What the index of this store says of the segment."""
         index, entry = self.context.catalog.index, found.entry
-        if self.context.disk.table.get(entry.number) is not entry:
-            return
-        for row in index.rows_in_segment(entry.number).tolist():
+        for count, row in enumerate(index.rows_in_segment(entry.number).tolist(), 1):
+            if not count % STEP_ROWS:
+                await asyncio.sleep(0)
+            if self.context.disk.table.get(entry.number) is not entry:
+                return  # removed meanwhile
+            if not index.is_in_segment(row, entry.number):
+                continue
             location = index.location(row)
             if location is None or index.flags(row) & PROVISIONAL:
                 continue
@@ -295,18 +305,18 @@ class Verifier:
                 self.inconsistent.append(Inconsistency(checkpoint, what))
             elif found is not None:
                 sizes = dict(list_segments(await storage.list_directory(path)))
-                self._take_claims(checkpoint, path, found, sizes)
+                await self._take_claims(checkpoint, path, found, sizes)
 
-    def _take_claims(self, name: str, directory: str, found: Checkpoint, sizes: dict[int, int]) -> None:
+    async def _take_claims(self, name: str, directory: str, found: Checkpoint, sizes: dict[int, int]) -> None:
         columns = found.columns
         try:
-            check_columns(columns)
+            claimed = await asyncio.to_thread(_rows_by_cover, columns, len(found.covers))
         except CorruptionError as error:
             self.inconsistent.append(Inconsistency(name, str(error)))
             return
-        firm = columns["flags"] & PROVISIONAL == 0
-        for position, cover in enumerate(found.covers):
-            rows = np.flatnonzero(firm & (columns["segment"] == position))
+        for count, (cover, rows) in enumerate(zip(found.covers, claimed, strict=True), 1):
+            if not count % STEP_COVERS:
+                await asyncio.sleep(0)
             pages, digests = columns["page"][rows], columns["digest"][rows]
             self._claims.setdefault(cover.identity, []).append((name, pages, digests))
             if cover.identity.writer.hex() != posixpath.basename(directory) or cover.upto <= PAGE_BYTES:
@@ -324,12 +334,15 @@ class Verifier:
                 lost = LostSegment(path, cover.identity.name, size, cover.upto - size, blocks, reason)
                 self.lost.append(lost)
 
-    def _check_claims(self, found: Examination) -> None:
+    async def _check_claims(self, found: Examination) -> None:
         for name, pages, digests in self._claims.get(found.entry.identity, ()):
-            wrong = sum(
-                found.records.get(page) != digest.tobytes()[:BLOCK_ID_BYTES] and not found.doubtful(page * PAGE_BYTES)
-                for page, digest in zip(pages.tolist(), digests, strict=True)
-            )
+            wrong = 0
+            for count, (page, digest) in enumerate(zip(pages.tolist(), digests, strict=True), 1):
+                if not count % STEP_ROWS:
+                    await asyncio.sleep(0)
+                wrong += found.records.get(page) != digest.tobytes()[:BLOCK_ID_BYTES] and not found.doubtful(
+                    page * PAGE_BYTES
+                )
             if wrong:
                 what = f"checkpoint names {wrong} records of {found.entry.path} that are not there"
                 found.inconsistent.append(Inconsistency(name, what))
@@ -366,11 +379,24 @@ def rows_between(context: StoreContext, entry: SegmentEntry, start: int, end: in
     """(row, offset) of the blocks whose newest record begins in this range of the segment."""
     index = context.catalog.index
     found = []
-    for row in index.rows_in_segment(entry.number).tolist():
+    for row in index.rows_between(entry.number, -(-start // PAGE_BYTES), -(-end // PAGE_BYTES)).tolist():
         location = index.location(row)
-        if location is not None and start <= location[1] * PAGE_BYTES < end:
-            found.append((row, location[1] * PAGE_BYTES))
+        assert location is not None, row
+        found.append((row, location[1] * PAGE_BYTES))
     return found
+
+
+def _rows_by_cover(columns: Mapping[str, npt.NDArray[Any]], covers: int) -> list[npt.NDArray[np.int64]]:
+    """Rows of a checkpoint that are known to be durable, by the segment that they are in. In a worker thread.
+
+    Raises ``CorruptionError`` for columns that cannot be used.
+    """
+    check_columns(columns)
+    firm = np.flatnonzero(columns["flags"] & PROVISIONAL == 0)
+    segments = columns["segment"][firm]
+    order = np.argsort(segments, kind="stable")
+    bounds = np.searchsorted(segments[order], np.arange(covers + 1))
+    return [firm[order[bounds[at] : bounds[at + 1]]] for at in range(covers)]
 
 
 def _ends(columns: Mapping[str, npt.NDArray[Any]], rows: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

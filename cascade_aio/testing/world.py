@@ -140,8 +140,8 @@ def _check_disk(store: Store) -> None:
             entry = context.disk.table.get(location[0])
             assert entry is not None, f"row {row} is in a segment that is gone"
             live[location[0]] += catalog.record_bytes(row, location[2])
-            placed += entry.own
-            if catalog.disk_policy is not None:
+            placed += catalog.disk_policy is not None and row in catalog.disk_policy
+            if catalog.disk_policy is not None and not entry.writing:  # it may be being adopted
                 assert (row in catalog.disk_policy) is entry.own, row
     for entry in context.disk.table:
         assert entry.live_bytes == live[entry.number], (entry.name, entry.live_bytes, live[entry.number])

@@ -381,21 +381,22 @@ class _Run:
         assert process.store is not None
         doubtful |= self._judge.knows_less(process)
         after = self._known(process.store)
-        if before != after and not doubtful and not self._world.evicted_so_far():
-            different = {what: (before.get(what), after.get(what)) for what in before.keys() | after.keys()}
-            raise BrokenPromise(2, f"reopened, it knows {[d for d in different.items() if d[1][0] != d[1][1]]}")
+        pairs = {what: (before.get(what), after.get(what)) for what in before.keys() | after.keys()}
+        different = {what: pair for what, pair in pairs.items() if pair[0] != pair[1] and b"" not in pair}
+        if different and not doubtful and not self._world.evicted_so_far():
+            raise BrokenPromise(2, f"reopened, it knows {different}")
         await self._close(process, quietly=False)
 
     def _known(self, store: Store) -> dict[tuple[int, int | None], bytes]:
-        """By block and name: what the store finds under it, as its index says. Not what may be torn: a read tells."""
+        """By block and name: what the store finds under it, as its index says; nothing for what may be torn."""
         index = store._context.catalog.index
         found: dict[tuple[int, int | None], bytes] = {}
         for block, puts in self._oracle.puts.items():
             for name in {None, *(put.name for put in puts)}:
                 key = content(block).block_id if name is None else name_key(block, name)
                 row = index.find(key) if name is None else index.find_prefix(key)
-                if row >= 0 and not index.flags(row) & PROVISIONAL:
-                    found[block, name] = bytes(index.block_id(row))
+                if row >= 0:
+                    found[block, name] = b"" if index.flags(row) & PROVISIONAL else bytes(index.block_id(row))
         return found
 
     async def _read_everything(self, process: Process) -> None:
