@@ -20,6 +20,7 @@ import abc
 import contextlib
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -235,10 +236,16 @@ class System:
 
 
 def published_path(file: str | None) -> str:
-    """The path of an imported module from ``site-packages`` (or the checkout) on, for ``Description.module``."""
-    parts = pathlib.Path(file or "unknown").parts
+    """The path of an imported module from ``site-packages`` (or the checkout) on, for ``Description.module``.
+
+    Raises ``PeerError`` for a package that is not of this process's own environment: another one was imported.
+    """
+    path = pathlib.Path(file or "unknown")
+    parts = path.parts
     for marker in ("site-packages", "dist-packages"):
         if marker in parts:
+            if not path.is_relative_to(sys.prefix):
+                raise PeerError(f"{path.name} was imported from outside of the peer's own environment")
             return "/".join(parts[parts.index(marker) :])
     repository = pathlib.Path(__file__).resolve().parent.parent.parent.parts
     return "/".join(parts[len(repository) :] if parts[: len(repository)] == repository else parts[-2:])

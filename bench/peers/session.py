@@ -25,7 +25,9 @@ Via = Literal["copy", "lease"]
 COLD_SHARE_MIN = 0.95
 """A cold read must cause so much of what it gets (or of what the files hold, if less) to be read from storage …"""
 HOT_SHARE_MAX = 0.05
-"""… and a hot one no more than this."""
+"""… and a hot one no more than this …"""
+HOT_BYTES_MAX = 4 << 20
+"""… or this: pages of libraries that are first used now."""
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -235,7 +237,7 @@ class Session:
         return len(indices) * self.source.block_bytes
 
     def _check_temperature(self, measure: Measure, expect: Expect) -> None:
-        if expect == "hot" and measure.read_bytes > HOT_SHARE_MAX * measure.bytes:
+        if expect == "hot" and measure.read_bytes > max(HOT_BYTES_MAX, HOT_SHARE_MAX * measure.bytes):
             raise PeerError(
                 f"{self.peer.system}: {measure.read_bytes} of {measure.bytes} bytes of a hot read came from storage"
             )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+
 import pytest
 
 from bench.results import (
@@ -13,6 +16,27 @@ from bench.results import (
     make_series,
     pair_summary,
 )
+
+COLD_BYTES = 1 << 20
+
+
+@pytest.fixture
+def cold_reads(tmp_path: pathlib.Path) -> None:
+    """Skip where the kernel cannot show that a read was one of the medium (file systems in memory or in user space)."""
+    from bench.peers import meters
+    from bench.peers.protocol import CannotRunError
+
+    path = tmp_path / "is-it-cold"
+    path.write_bytes(os.urandom(COLD_BYTES))
+    try:
+        meters.drop_page_cache([path])
+    except CannotRunError as error:
+        pytest.skip(str(error))
+    before = meters.usage([])
+    assert len(path.read_bytes()) == COLD_BYTES
+    if meters.usage([]).since(before).read_bytes < COLD_BYTES:
+        pytest.skip("the kernel does not count what is read from this file system")
+    path.unlink()
 
 
 @pytest.fixture

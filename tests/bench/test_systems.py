@@ -64,6 +64,7 @@ def need(system: str) -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.usefixtures("cold_reads")
 @pytest.mark.parametrize("system", ["cascade", "files", "hdf5-contiguous", "redis-unix"])
 def test_a_system_does_every_workload(tmp_path: pathlib.Path, system: str) -> None:
     need(system)
@@ -101,6 +102,7 @@ def test_a_system_does_every_workload(tmp_path: pathlib.Path, system: str) -> No
     assert (rates["write_gbps"] is None) == (system == "redis-unix")
 
 
+@pytest.mark.usefixtures("cold_reads")
 def test_a_run_goes_on_where_it_stopped(tmp_path: pathlib.Path) -> None:
     plan = make_plan("files", "limit-memory", repeats=2)
     first = run(tmp_path, plan)
