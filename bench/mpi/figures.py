@@ -75,6 +75,19 @@ async def listed(store: ca.Store) -> None:
         await asyncio.sleep(0.001)
 
 
+async def put_pinned(store: ca.Store, pool: Pool) -> tuple[list[ca.BlockId], list[ca.Block]]:
+    """Put the pool, listed for others, and leased: what is measured shall not be evicted before it is read."""
+    ids = await put_all(store, pool, 4)
+    leases = [block for _, block in await lease_all(store, ids, 4)]
+    await listed(store)
+    return ids, leases
+
+
+def release(leases: Sequence[ca.Block]) -> None:
+    for lease in leases:
+        lease.release()
+
+
 async def pair(ranks: Ranks, store: ca.Store, setting: Setting, block_bytes: int, at_once: int) -> PairTaken | None:
     """Verified gets of the holder's blocks, and plain ``Rget`` of the same bytes and pieces, in turns."""
     count = setting.blocks_of(block_bytes)
@@ -110,14 +123,14 @@ async def _one_pair(
     header_bytes, at_once = shape
     pool.stamp(1000 * at_once + repeat)  # bytes that this rank has never seen
     ids: list[ca.BlockId] = []
+    pinned: list[ca.Block] = []
     if ranks.rank == HOLDER:
-        ids = await put_all(store, pool, 4)
+        ids, pinned = await put_pinned(store, pool)
         for index in range(pool.count):
             start = index * (header_bytes + pool.block_bytes) + header_bytes
             for part in pool.parts(index):
                 window.memory[start : start + len(part)] = part
                 start += len(part)
-        await listed(store)
     ids = (await ranks.gather(ids))[HOLDER]
     if into is not None:
         sides = ["cascade", "raw"] if repeat % 2 else ["raw", "cascade"]
@@ -132,6 +145,7 @@ async def _one_pair(
         if repeat:
             taken.order.append(",".join(sides))
     await ranks.meet()
+    release(pinned)
 
 
 async def _ours(store: ca.Store, pool: Pool, ids: Sequence[ca.BlockId], at_once: int) -> float:
@@ -224,9 +238,7 @@ async def lag(ranks: Ranks, store: ca.Store, setting: Setting, block_bytes: int)
         while (await ranks.gather(busy_s))[READER] < setting.lag_seconds:
             round_number += 1
             pool.stamp(round_number)
-            ids = await put_all(store, pool, 4) if ranks.rank == HOLDER else []
-            if ranks.rank == HOLDER:
-                await listed(store)
+            ids, pinned = await put_pinned(store, pool) if ranks.rank == HOLDER else ([], [])
             ids = (await ranks.gather(ids))[HOLDER]
             async with Ticker() as ticker:
                 cpu_s, started_s = time.thread_time(), time.perf_counter()
@@ -241,6 +253,7 @@ async def lag(ranks: Ranks, store: ca.Store, setting: Setting, block_bytes: int)
                 if not pool.equals(index, block.key, block.value):
                     raise BenchError(f"block {index} came with wrong bytes")
                 block.release()
+            release(pinned)
         found["busy_cpu_share"] /= busy_s
     return found
 
@@ -249,9 +262,7 @@ async def skewed(ranks: Ranks, store: ca.Store, setting: Setting) -> dict[str, A
     """All ranks but the holder read the holder's hot blocks, Zipf-like; what each had to bring, and from whom."""
     before = store.statistics()["remote"]
     with Pool(HOT_BLOCK_BYTES, HOT_BLOCKS, setting.seed + 2) as pool:
-        ids = await put_all(store, pool, 4) if ranks.rank == HOLDER else []
-        if ranks.rank == HOLDER:
-            await listed(store)
+        ids, pinned = await put_pinned(store, pool) if ranks.rank == HOLDER else ([], [])
         ids = (await ranks.gather(ids))[HOLDER]
         chance = random.Random(setting.seed + ranks.rank)
         weights = [1 / (number + 1) for number in range(HOT_BLOCKS)]
@@ -263,6 +274,7 @@ async def skewed(ranks: Ranks, store: ca.Store, setting: Setting) -> dict[str, A
                     raise BenchError(f"hot block {index} came with wrong bytes")
         seconds = time.perf_counter() - started_s
         await ranks.meet()
+        release(pinned)
     after = store.statistics()["remote"]
     earlier = before["read_bytes_from"]
     from_rank = {rank: nbytes - earlier.get(rank, 0) for rank, nbytes in after["read_bytes_from"].items()}
@@ -296,6 +308,7 @@ async def everybody(
         ids = await put_all(store, mine, 4)
         await store.flush()
         taken["write_durable"] = _since(started_s, cpu_s, mine.total_bytes, count)
+        pinned = [block for _, block in await lease_all(store, ids, 4)]
         await listed(store)
         ids = (await ranks.gather(ids))[neighbour]
         for column in ("remote", "hot_lease"):
@@ -311,6 +324,8 @@ async def everybody(
                 block.release()
             if brought != (column == "remote"):
                 raise BenchError(f"{column}: the blocks were not where they should be")
+        await ranks.meet()
+        release(pinned)
     return taken
 
 
