@@ -77,6 +77,14 @@ def resident_bytes() -> int:
     raise BenchError("/proc/self/status has no RssAnon line")
 
 
+def available_bytes() -> int:
+    """Memory that can be had without swapping, by the kernel's estimate."""
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise BenchError("/proc/meminfo has no MemAvailable line")
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -36,6 +36,8 @@ from bench.suite.workloads import SMALL_BYTES, Workload
 ROUND_BYTES = 512 * MIB
 """Moved by each system in one repetition of one workload, where ``--blocks`` does not say otherwise."""
 BLOCKS_MIN = 4
+DISK_ROUNDS = 4
+"""What a system may have on disk at a time, in rounds: volatile, durable, deleted and not yet given back, and data."""
 REPLAY_BYTES = 512 * MIB
 SMALL_ROUND_BYTES = 128 * MIB
 LIMIT_SYSTEM = "limit-disk"
@@ -101,6 +103,8 @@ def check(plan: Plan) -> None:
         unknown = [name for name in given if name not in known]
         if unknown or not given:
             raise BenchError(f"there is no {what} {', '.join(unknown) or '(none given)'}; there are {', '.join(known)}")
+    if plan.in_flight < 1 or plan.repeats < 1:
+        raise BenchError("at least one operation in flight and one repetition are needed")
     for size in plan.block_bytes:
         if size % 8192 or not 8192 <= size <= WINDOW_BYTES_MAX // 2:
             raise BenchError(f"a block of {size} bytes is no multiple of 8 KiB up to 512 MiB")
@@ -132,6 +136,21 @@ def works(plan: Plan, content: pathlib.Path | None) -> list[Work]:
     return found
 
 
+def _check_room(plan: Plan, scratch: pathlib.Path) -> None:
+    """Raise ``BenchError`` if memory or disk cannot hold what the largest round needs."""
+    loads = [job.load for job in works(plan, None)]
+    memory = max(load.memory_bytes + 3 * load.count * load.block_bytes for load in loads)
+    disk = DISK_ROUNDS * max(load.total_bytes for load in loads)
+    for what, needed, free in (
+        ("memory", memory, machine.available_bytes()),
+        ("disk", disk, shutil.disk_usage(scratch).free),
+    ):
+        if needed > free:
+            raise BenchError(
+                f"rounds of this size need {needed >> 20} MiB of {what} and {free >> 20} MiB are free: fewer --blocks"
+            )
+
+
 def _replayed_bytes(block_bytes: int, different: int) -> int:
     """Blocks of a replay are scaled so that all different ones fit ``REPLAY_BYTES``; a multiple of 8 KiB."""
     different = different or workloads.SHARED_BLOCKS + workloads.SESSIONS * workloads.OWN_BLOCKS
@@ -145,6 +164,7 @@ def run(*, plan: Plan, out: pathlib.Path, scratch: pathlib.Path, command: Sequen
     """
     check(plan)
     scratch.mkdir(parents=True, exist_ok=True)
+    _check_room(plan, scratch)
     result = results.open_or_start(out, machine.describe(scratch), test_config(plan), command)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="cascade-bench-", dir=scratch)).resolve()
     try:

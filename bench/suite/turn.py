@@ -24,7 +24,9 @@ WINDOW_BYTES_MAX = 1 << 30
 """Bytes a client holds as source, and again as target: larger rounds are done in passes."""
 WARM_UP_BYTES_MAX = 128 * MIB
 MEMORY_ROUNDS = 3
-"""Memory tier of all systems, in rounds, where the workload does not say otherwise."""
+"""Memory tier of all systems, in rounds: what is put fits several times, so that nothing is evicted …"""
+MEMORY_ROUNDS_LARGE = 2
+"""… and this for rounds of several passes, which would not fit a machine otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,13 +53,19 @@ class Load:
 
     @property
     def count(self) -> int:
-        """Blocks that are in memory at a time."""
-        return min(self.blocks, max(1, WINDOW_BYTES_MAX // self.block_bytes))
+        """Blocks of one pass: what a client holds at a time."""
+        return -(-self.blocks // self.passes)
 
     @property
     def passes(self) -> int:
-        """Passes of ``count`` blocks; the last one is as large as the others."""
-        return -(-self.blocks // self.count)
+        """Passes of a round, all of the same size: it is rounded up to them."""
+        return -(-self.total_bytes // (WINDOW_BYTES_MAX // self.block_bytes * self.block_bytes))
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory tier of every system, where the workload does not say otherwise."""
+        rounds = MEMORY_ROUNDS if self.passes == 1 else MEMORY_ROUNDS_LARGE
+        return rounds * self.count * self.passes * self.block_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,7 +138,7 @@ class Turn:
             block_bytes=load.block_bytes,
             count=count or load.count,
             blocks_max=blocks_max or MEMORY_ROUNDS * load.count * load.passes,
-            memory_bytes=memory_bytes or MEMORY_ROUNDS * load.count * load.passes * load.block_bytes,
+            memory_bytes=memory_bytes or load.memory_bytes,
             in_flight_max=in_flight or load.in_flight,
             durable=True,
             seed=load.seed,

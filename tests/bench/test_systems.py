@@ -166,6 +166,8 @@ def test_a_system_that_goes_wrong_voids_its_rows_and_nobody_elses(
         ({"temperatures": frozenset({"tepid"})}, "no temperature tepid"),
         ({"block_bytes": (12_345,)}, "no multiple of 8 KiB"),
         ({"block_bytes": (1 << 30,)}, "up to 512 MiB"),
+        ({"blocks": 1 << 40}, "MiB of memory and .* are free: fewer --blocks"),
+        ({"repeats": 0}, "at least one"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: pathlib.Path, changes: dict[str, object], message: str) -> None:
@@ -298,8 +300,9 @@ def test_a_slow_system_moves_less_but_two_blocks_at_least() -> None:
     assert load.limited(entries()["files"].system) == load
     assert load.limited(entries()["hdf5-gzip"].system).blocks == 2
     big = Load(80 << 20, 50, 4, 1, None)
-    assert big.count * big.passes >= 50
-    assert big.count * big.block_bytes <= 1 << 30
+    assert (big.count, big.passes) == (10, 5)
+    assert big.memory_bytes == 2 * 50 * (80 << 20)
+    assert (load.count, load.passes) == (8, 1)
 
 
 def test_columns_name_one_medium_and_one_promise() -> None:
