@@ -7,6 +7,7 @@ own bytes, never by a digest alone.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -81,3 +82,22 @@ async def verify_rounds(store: ca.Store, pool: Pool, rounds: dict[int, list[ca.B
             part = await lease_all(store, ids[start : start + limit], limit)
             compared += compare_and_release(((start + index, block) for index, block in part), pool)
     return compared
+
+
+async def time_hot_gets_ns(store: AnyStore, asked: Sequence[ca.BlockId]) -> list[float]:
+    """How long each get and release took, one after the other."""
+    taken = [0.0] * len(asked)
+    clock = time.perf_counter_ns
+    for index, block_id in enumerate(asked):
+        started = clock()
+        (await store.get(block_id)).release()
+        taken[index] = clock() - started
+    return taken
+
+
+async def hot_gets_per_second(store: AnyStore, asked: Sequence[ca.BlockId]) -> float:
+    """Gets and releases of one task, without a clock between them."""
+    started = time.perf_counter()
+    for block_id in asked:
+        (await store.get(block_id)).release()
+    return len(asked) / (time.perf_counter() - started)

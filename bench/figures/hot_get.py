@@ -8,10 +8,9 @@ callback that the loop would run at the first suspension must not have run.
 from __future__ import annotations
 
 import asyncio
-import time
 
 import cascade_aio as ca
-from bench.blocks import compare_and_release, lease_all, put_all
+from bench.blocks import compare_and_release, hot_gets_per_second, lease_all, put_all, time_hot_gets_ns
 from bench.data import Pool
 from bench.figures import Case
 from bench.results import Row, Target, make_series
@@ -57,10 +56,10 @@ async def _measure(session: Session, lines: tuple[Line, ...]) -> list[Row]:
             await store.flush()
             asked = [ids[index % len(ids)] for index in range(operations)]
             for _ in range(session.repeats):
-                taken_ns = await _latencies_ns(store, asked)
+                taken_ns = await time_hot_gets_ns(store, asked)
                 p50_us.append(quantile(taken_ns, 0.50) / NS_PER_US)
                 p99_us.append(quantile(taken_ns, 0.99) / NS_PER_US)
-                rates.append(await _rate(store, asked))
+                rates.append(await hot_gets_per_second(store, asked))
                 suspended.append(float(await _suspensions(store, ids)))
                 verified += compare_and_release(await lease_all(store, ids, IN_FLIGHT), pool)
     notes = f"{sum(suspended):.0f} of {len(ids) * session.repeats} gets suspended"
@@ -83,23 +82,6 @@ async def _measure(session: Session, lines: tuple[Line, ...]) -> list[Row]:
             notes=notes,
         ),
     ]
-
-
-async def _latencies_ns(store: ca.Store, asked: list[ca.BlockId]) -> list[float]:
-    taken = [0.0] * len(asked)
-    clock = time.perf_counter_ns
-    for index, block_id in enumerate(asked):
-        started = clock()
-        (await store.get(block_id)).release()
-        taken[index] = clock() - started
-    return taken
-
-
-async def _rate(store: ca.Store, asked: list[ca.BlockId]) -> float:
-    started = time.perf_counter()
-    for block_id in asked:
-        (await store.get(block_id)).release()
-    return len(asked) / (time.perf_counter() - started)
 
 
 async def _suspensions(store: ca.Store, ids: list[ca.BlockId]) -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 import cascade_aio as ca
-from bench.blocks import compare_and_release, in_flight, lease_all
+from bench.blocks import compare_and_release, hot_gets_per_second, in_flight, lease_all, time_hot_gets_ns
 from bench.data import Pool
 from bench.figures import Case
 from bench.results import BenchError, Row, Target, make_series
@@ -61,8 +61,8 @@ async def _measure(session: Session, lines: tuple[Line, ...]) -> list[Row]:
             _must_be_shared(store)
             for repetition in range(session.repeats):
                 _note(samples, tails, "lookup", _lookups_ns(store, operations))
-                _note(samples, tails, "latency", await _gets_ns(store, asked))
-                samples["rate"].append(await _rate(store, asked))
+                _note(samples, tails, "latency", await time_hot_gets_ns(store, asked))
+                samples["rate"].append(await hot_gets_per_second(store, asked))
                 verified += compare_and_release(await lease_all(store, ids, IN_FLIGHT), pool)
                 if repetition == 0 and store.statistics()["shared_gets"] - shared < 2 * operations:
                     raise BenchError("hot gets went by message: the figure is void")
@@ -71,7 +71,7 @@ async def _measure(session: Session, lines: tuple[Line, ...]) -> list[Row]:
             by_message = [unlisted[index % BLOCKS] for index in range(max(BLOCKS, operations // 10))]
             before = store.statistics()["gets"]
             for _ in range(session.repeats):
-                _note(samples, tails, "message", await _gets_ns(store, by_message))
+                _note(samples, tails, "message", await time_hot_gets_ns(store, by_message))
                 verified += compare_and_release(await lease_all(store, unlisted, IN_FLIGHT), pool)
             if store.statistics()["gets"] - before < session.repeats * len(by_message):
                 raise BenchError("gets by message did not go by message: the figure is void")
@@ -119,20 +119,3 @@ def _lookups_ns(store: ca.ServiceStore, operations: int) -> list[float]:
         store.lookup(keys)
         taken[index] = clock() - started
     return taken
-
-
-async def _gets_ns(store: ca.ServiceStore, asked: Sequence[ca.BlockId]) -> list[float]:
-    taken = [0.0] * len(asked)
-    clock = time.perf_counter_ns
-    for index, block_id in enumerate(asked):
-        started = clock()
-        (await store.get(block_id)).release()
-        taken[index] = clock() - started
-    return taken
-
-
-async def _rate(store: ca.ServiceStore, asked: Sequence[ca.BlockId]) -> float:
-    started = time.perf_counter()
-    for block_id in asked:
-        (await store.get(block_id)).release()
-    return len(asked) / (time.perf_counter() - started)

@@ -41,6 +41,7 @@ def check_python() -> Finding:
 
 
 def check_kernel() -> Finding:
+    """Whether this is a Linux whose ring has what the engine uses, by its version."""
     release = platform.release()
     digits = [int("".join(filter(str.isdigit, part)) or 0) for part in release.split("-")[0].split(".")[:2]]
     number = tuple(digits)
@@ -119,6 +120,7 @@ def check_huge_pages() -> Finding:
 
 
 def check_shm(config: StoreConfig) -> Finding:
+    """Whether the arena of ``config`` has room where it would be."""
     try:
         usage = shutil.disk_usage(config.shm_dir)
     except OSError as error:
@@ -151,6 +153,7 @@ def check_cpu() -> Finding:
 
 
 def check_gpu() -> Finding:
+    """Whether there is a GPU with driver and Python package. Runs its tool, for ``TOOL_SECONDS_MAX`` at most."""
     tool = shutil.which("nvidia-smi")
     package = importlib.util.find_spec("cuda") is not None
     if tool is None:

@@ -94,6 +94,7 @@ async def _look(config: StoreConfig) -> None:
 
 
 def check_root(config: StoreConfig) -> Finding:
+    """Whether a store could be opened and written at the root, and how much room there is; changes nothing."""
     try:
         asyncio.run(_look(config))  # what an open would look at, before anything is written
     except ConfigError as error:

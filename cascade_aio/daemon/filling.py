@@ -23,7 +23,7 @@ from cascade_aio.daemon.reading import ClientCounters
 from cascade_aio.errors import LeaseError
 from cascade_aio.model import BlockId, BlockMeta, PrefixKey, as_bytes_view
 from cascade_aio.segments.format import CHUNK_BYTES
-from cascade_aio.store.putting import Draft, Slot, check_part_sizes, make_draft, take_arrays
+from cascade_aio.store.putting import Draft, Slot, check_part_sizes, make_draft, once_dead, take_arrays
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -219,7 +219,7 @@ class ClientReserveRequest:
                 slot.seal_as(await self._seal(filling))
                 self._putter.noted(filling.link)
         finally:
-            _give_back(self._connector, filling, survivors)
+            once_dead(survivors, self._connector.loop, filling.abort)
 
     async def _seal(self, filling: _Filling) -> BlockId:
         if filling.link.welcome.verifies or filling.known is not None:
@@ -244,25 +244,6 @@ class ClientReserveRequest:
         except BaseException:
             fresh.abort()
             raise
-        _give_back(self._connector, filling, survivors)
+        once_dead(survivors, self._connector.loop, filling.abort)
         self._filling = fresh
         return fresh
-
-
-def _give_back(connector: Connector, filling: _Filling, survivors: list[weakref.ref[npt.NDArray[np.uint8]]]) -> None:
-    """Abort what was not sealed, once nobody can write to it any more."""
-    arrays = [array for array in (reference() for reference in survivors) if array is not None]
-    if not arrays:
-        filling.abort()
-        return
-    left = len(arrays)
-    loop = connector.loop
-
-    def died() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0 and not loop.is_closed():
-            loop.call_soon_threadsafe(filling.abort)
-
-    for array in arrays:
-        weakref.finalize(array, died).atexit = False

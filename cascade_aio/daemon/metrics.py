@@ -53,6 +53,7 @@ class _Snapshot(Collector):
         self._sample = sample
 
     def collect(self) -> Iterator[Metric]:
+        """The families of one scrape, as ``prometheus_client`` asks for them. From any thread; does not block."""
         sample = self._sample
         statistics = sample["statistics"]
         hits = CounterMetricFamily("cascade_hits", "Blocks found, by tier.", labels=["tier"])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -374,21 +376,7 @@ class ReserveRequest:
 
     def _give_back(self, extent: Extent, survivors: list[weakref.ref[npt.NDArray[np.uint8]]]) -> None:
         """Free the extent, once nobody can write to it any more."""
-        arrays = [array for array in (reference() for reference in survivors) if array is not None]
-        if not arrays:
-            self._free(extent)
-            return
-        left = len(arrays)
-        loop = self._context.loop
-
-        def died() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0 and not loop.is_closed():
-                loop.call_soon_threadsafe(self._free, extent)
-
-        for array in arrays:
-            weakref.finalize(array, died).atexit = False
+        once_dead(survivors, self._context.loop, functools.partial(self._free, extent))
 
     def _free(self, extent: Extent) -> None:
         self._context.shm.free(extent)
@@ -400,6 +388,26 @@ def check_part_sizes(key_bytes: int, value_bytes: int) -> None:
     for name, nbytes in (("key_bytes", key_bytes), ("value_bytes", value_bytes)):
         if isinstance(nbytes, bool) or nbytes != int(nbytes) or nbytes < 0:
             raise ConfigError(f"{name}={nbytes!r} must be a number of bytes, 0 or more")
+
+
+def once_dead(
+    survivors: list[weakref.ref[npt.NDArray[np.uint8]]], loop: asyncio.AbstractEventLoop, then: Callable[[], None]
+) -> None:
+    """Call ``then`` once nobody refers to any of ``survivors``: now, or on ``loop`` if it is open by then."""
+    arrays = [array for array in (reference() for reference in survivors) if array is not None]
+    if not arrays:
+        then()
+        return
+    left = len(arrays)
+
+    def died() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and not loop.is_closed():
+            loop.call_soon_threadsafe(then)
+
+    for array in arrays:
+        weakref.finalize(array, died).atexit = False
 
 
 def take_arrays(slot: Slot) -> list[weakref.ref[npt.NDArray[np.uint8]]]:

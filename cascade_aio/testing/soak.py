@@ -210,14 +210,12 @@ class Soak:
             async with asyncio.timeout(START_SECONDS_MAX):
                 for process in self._running:
                     await self._at_work(process)
-            try:
-                async with asyncio.timeout(self._seconds):
-                    async with asyncio.TaskGroup() as tasks:
-                        tasks.create_task(self._kill_clients())
-                        tasks.create_task(self._kill_services())
-                        tasks.create_task(self._watch_memory())
-            except TimeoutError:
-                pass
+            async with asyncio.TaskGroup() as tasks:
+                loops = (self._kill_clients(), self._kill_services(), self._watch_memory())
+                running = [tasks.create_task(loop) for loop in loops]
+                await asyncio.sleep(self._seconds)
+                for task in running:
+                    task.cancel()
             await self._finish()
         finally:
             for process in [*self._running, *([] if self._service is None else [self._service])]:

@@ -68,6 +68,7 @@ class PrivateArena:
         return "private memory"
 
     def close(self) -> None:
+        """See ``Arena.close``."""
         self._memory = memoryview(b"")
 
 
@@ -94,6 +95,7 @@ class SharedArena:
         return self.path
 
     def close(self) -> None:
+        """See ``Arena.close``. The file goes, too, unless the arena is kept for the next owner."""
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
