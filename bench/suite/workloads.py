@@ -79,15 +79,7 @@ async def basic(turn: Turn) -> None:
         async with turn.opened(folder) as opened:
             await _warm_up(turn, opened)
             if "hot" in load.temperatures:
-                stamps = _range(VOLATILE, load.passes)
-                measure = await opened.put(stamps, load.count, load.in_flight, flush=False)
-                if reason := opened.lacks("volatile"):
-                    turn.lack("write_volatile", reason)
-                else:
-                    turn.record("write_volatile", measure)
-                await opened.settle()
-                await _read(turn, opened, stamps, "hot")
-                await opened.delete(stamps, load.count)
+                await _hot_half(turn, opened)
             if "cold" in load.temperatures:
                 stamps = _range(DURABLE, load.passes)
                 if reason := opened.lacks("durable"):
@@ -97,6 +89,24 @@ async def basic(turn: Turn) -> None:
                 else:
                     turn.record("write_durable", await opened.put(stamps, load.count, load.in_flight, flush=True))
                 await _read(turn, opened, stamps, "cold")
+
+
+async def _hot_half(turn: Turn, opened: Opened) -> None:
+    """Volatile writes and what is read of them from memory; leaves nothing."""
+    load = turn.load
+    stamps = _range(VOLATILE, load.passes)
+    written = None
+    if not (opened.lacks("volatile") and opened.lacks("hot")):
+        written = await opened.put(stamps, load.count, load.in_flight, flush=False)
+    if reason := opened.lacks("volatile"):
+        turn.lack("write_volatile", reason)
+    elif written is not None:
+        turn.record("write_volatile", written)
+    if written is not None:
+        await opened.settle()
+    await _read(turn, opened, stamps, "hot")
+    if written is not None:
+        await opened.delete(stamps, load.count)
 
 
 async def concurrency(turn: Turn) -> None:
