@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import json
 import os
 import pathlib
 import sys
@@ -136,6 +137,26 @@ def stress_ranks(
         print(stress.summary(outcome, ranks - kill, runtime))
     except BenchError as error:
         _fail(console, error)
+
+
+@app.command(name="stress-rank")
+def stress_rank(
+    directory: Annotated[pathlib.Path, typer.Option("--dir", help="Root of the store, one for all ranks.")],
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of everything that ranks choose.")] = 1,
+    victim: Annotated[int | None, typer.Option(min=0, help="Rank that kills itself; default: none.")] = None,
+) -> None:
+    """One rank of a stress run that srun or mpiexec has started; prints what it did; exit 1 for a wrong byte."""
+    try:
+        done = asyncio.run(stress.rank(str(directory), minutes * 60, seed, victim))
+        print(json.dumps(done), flush=True)
+        status = 1 if done["wrong"] else 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    if status or victim is not None:
+        os._exit(status)  # finalising MPI would wait for a rank that was killed
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

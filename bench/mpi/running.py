@@ -133,7 +133,8 @@ def _file(
     begun = results.start(describe(scratch), config, command)
     file = RemoteFile(**{name: getattr(begun, name) for name in begun.__struct_fields__}, library=ranks.library)
     hosts = found["hosts"]
-    file.environment = Cluster(hosts, -(-ranks.size // hosts), ranks.size)
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))  # none of them is used: the tier is host memory
+    file.environment = Cluster(hosts, -(-ranks.size // hosts), ranks.size, gpus, gpus * hosts)
     file.systems[SYSTEM] = SystemInfo(
         title="cascade_aio, one rank's arena read by the others over MPI",
         version=file.versions["cascade_aio"],
