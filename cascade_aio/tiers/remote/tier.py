@@ -56,8 +56,8 @@ logger = logging.getLogger("cascade_aio.remote")
 
 PROTOCOL_VERSION = 1
 
-LOOKUP_NAMES_MAX = 512
-"""Names of one operation: half a millisecond of the loop's time."""
+LOOKUP_NAMES_MAX = 256
+"""Names of one operation: half a millisecond for which the interpreter is not the loop's."""
 
 PROBE_SECONDS = 30.0
 """Between two attempts to reach a rank that did not answer."""
@@ -318,6 +318,8 @@ class RemoteTier:
         verdict: asyncio.Future[bool] = loop.create_future()
 
         def ended(outcome: asyncio.Future[T]) -> None:
+            if not outcome.cancelled():
+                outcome.exception()  # heard of, also if nobody waits any more
             if not verdict.done():
                 verdict.set_result(True)
 
