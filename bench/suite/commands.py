@@ -33,7 +33,7 @@ QUICK_BLOCK_BYTES = 64 << 10
 QUICK_BLOCKS = 8
 IN_FLIGHT = 8
 BLOCK_TOKENS = 256
-TRACE_REQUESTS = 200
+TRACE_REQUESTS = 600
 """A replay takes the first so many requests of a trace …"""
 TRACE_BLOCKS_MAX = 64
 """… and so many blocks of each (32,768 tokens)."""

@@ -48,8 +48,8 @@ COLUMNS = {
     "overflow_put": Column("write of 2x the memory tier", "both"),
     "overflow_get": Column("random reads of 2x the memory tier", "both"),
     "restart": Column("opening until the first hit", "both", "s", "lower"),
-    "sharing_stall": Column("50 sessions on one prompt: time in gets and puts", "both", "s", "lower"),
-    "trace_stall": Column("trace: time in gets", "both", "s", "lower"),
+    "sharing_stall": Column("50 sessions on one prompt: time in lookups, gets and puts", "both", "s", "lower"),
+    "trace_stall": Column("trace: time in lookups, gets and puts", "both", "s", "lower"),
 }
 """Every column there is. ``hot`` and ``cold`` never share one, nor do durable and volatile writes."""
 
