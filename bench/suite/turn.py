@@ -22,7 +22,7 @@ from bench.suite.results import GB
 MIB = 1 << 20
 WINDOW_BYTES_MAX = 1 << 30
 """Bytes a client holds as source, and again as target: larger rounds are done in passes."""
-WARM_UP_BYTES_MAX = 128 * MIB
+WARM_UP_BYTES_MAX = 256 * MIB
 MEMORY_ROUNDS = 3
 """Memory tier of all systems, in rounds: what is put fits several times, so that nothing is evicted …"""
 MEMORY_ROUNDS_LARGE = 2

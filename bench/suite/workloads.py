@@ -52,7 +52,7 @@ def _range(first: int, passes: int) -> list[int]:
 async def _warm_up(turn: Turn, opened: Opened) -> None:
     """Put, get and delete once: threads started, memory touched, nothing left."""
     load = turn.load
-    count = max(2, min(load.count, WARM_UP_BYTES_MAX // load.block_bytes))
+    count = max(1, min(load.count // 2, WARM_UP_BYTES_MAX // load.block_bytes))
     await opened.put([0], count, load.in_flight, flush=not opened.lacks("durable"))
     await opened.get([0], count, load.in_flight, expect="any")
     await opened.delete([0], count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.peers.protocol import System
 
 _ADAPTER = "bench.peers.hdf5.peer:Hdf5Peer"
-GZIP_ROUND_BYTES_MAX = 160 << 20
+GZIP_ROUND_BYTES_MAX = 64 << 20
 """Some 0.04 GB/s: a round of 1 GiB would take half a minute."""
 
 SYSTEMS = (
