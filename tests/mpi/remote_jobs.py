@@ -206,3 +206,14 @@ async def opened_again(root: str) -> list[str]:
             tiers.append(str(await check(store, f"{turn}-{(MPI.COMM_WORLD.rank + 1) % 4}", 5000)))
             await together()
     return tiers
+
+
+async def too_little_of_threads(root: str) -> str:
+    import mpi4py
+
+    mpi4py.rc.thread_level = "funneled"
+    try:
+        async with open_here(root):
+            return "opened"
+    except ConfigError as error:
+        return str(error)

@@ -53,3 +53,9 @@ def test_a_rank_that_cannot_open_is_everybodys_error(launch: Launch, tmp_path: P
 def test_windows_outlive_the_store_with_a_lease_and_do_not_otherwise(launch: Launch, tmp_path: Path) -> None:
     assert launch(job("leases_outlive_the_store"), root=str(tmp_path / "kv")).results(RANKS) == [33_334] * RANKS
     assert launch(job("opened_again"), root=str(tmp_path / "again")).results(RANKS) == [["remote"] * 3] * RANKS
+
+
+def test_mpi_that_allows_no_second_thread_is_refused(launch: Launch, tmp_path: Path) -> None:
+    (message,) = launch(job("too_little_of_threads"), ranks=1, root=str(tmp_path / "kv")).results(1)
+    assert "MPI_THREAD_SERIALIZED" in message
+    assert "thread_level" in message

@@ -50,15 +50,20 @@ class RemoteRead:
         self._memory = memory
         self._digest = digest
         self._header_bytes = listing.header_pages * PAGE_BYTES
-        self._checks: dict[int, Future[tuple[int, ...]]] = {}
+        self._checks: dict[int, Future[tuple[int, ...]] | tuple[int, ...]] = {}
         self._given_up = False
         pieces = remote_pieces(self._header_bytes, listing.record_bytes)
+        self._in_one = len(pieces) == 1
         self.call: Call[ReadEnd] = group.submit(read(listing, memory, pieces, self._landed))
 
     def _landed(self, first: int, end: int) -> None:
         """In the group's thread: a piece is there. The next one is on its way while this one is looked at."""
         payload = self._memory[max(first, self._header_bytes) : end]
-        if len(payload) and not self._given_up:
+        if not len(payload) or self._given_up:
+            return
+        if self._in_one:  # nothing else comes meanwhile, and it is still in the cache
+            self._checks[first] = crc32c_chunks(payload, CHUNK_BYTES)
+        else:
             self._checks[first] = self._group.checks.submit(crc32c_chunks, payload, CHUNK_BYTES)
 
     async def judged(self) -> RecordHeader | Torn:
@@ -66,9 +71,11 @@ class RemoteRead:
         crcs: list[int] = []
         for first in sorted(self._checks):
             check = self._checks[first]
-            if not check.done():
-                await asyncio.wrap_future(check)
-            crcs += check.result()
+            if isinstance(check, Future):
+                if not check.done():
+                    await asyncio.wrap_future(check)
+                check = check.result()
+            crcs += check
         header = self._decoded()
         if header is None:
             return Torn.HEADER

@@ -57,7 +57,10 @@ logger = logging.getLogger("cascade_aio.remote")
 PROTOCOL_VERSION = 1
 
 LOOKUP_NAMES_MAX = 256
-"""Names of one operation: half a millisecond for which the interpreter is not the loop's."""
+"""Names of one operation: half a millisecond for which the interpreter is not the loop's …"""
+
+LOOKUP_CELLS_MAX = 1 << 16
+"""… and names times ranks, which are hashed on the loop: another half."""
 
 PROBE_SECONDS = 30.0
 """Between two attempts to reach a rank that did not answer."""
@@ -225,8 +228,9 @@ class RemoteTier:
         One round trip per rank asked. A hint: they may be gone by the time they are read.
         """
         listings: list[list[Listing]] = []
-        for start in range(0, len(names), LOOKUP_NAMES_MAX):
-            part = names[start : start + LOOKUP_NAMES_MAX]
+        step = min(LOOKUP_NAMES_MAX, max(16, LOOKUP_CELLS_MAX // self._group.size))
+        for start in range(0, len(names), step):
+            part = names[start : start + step]
             listings += await self._look_up(part) if self.serves else [[] for _ in part]
         return listings
 
