@@ -328,7 +328,9 @@ async def claim_dead(
                     continue
                 directory = _Directory(writer, {})
             age_ns = clock.wall_ns() - directory.closed_ns
-            if directory.closed_ns and not closed_too and age_ns < LEFT_SECONDS_MAX * 1e9:
+            if (
+                directory.closed_ns and not closed_too and abs(age_ns) < LEFT_SECONDS_MAX * 1e9
+            ):  # ahead: a clock was set
                 continue
             doubt = why_a_free_lock_proves_nothing(directory.description, host)
             if doubt is not None and writer not in vouched_for:

@@ -13,17 +13,17 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any
 
 from cascade_aio.abc.eviction import EvictionPolicy
-from cascade_aio.abc.storage import PAGE_BYTES, Platform
+from cascade_aio.abc.storage import PAGE_BYTES, Platform, Storage
 from cascade_aio.config import StoreConfig, arena_name, format_size, make_config
 from cascade_aio.core.clock import HybridClock
 from cascade_aio.core.eviction import PrefixLru
 from cascade_aio.core.policies import HitDensity
-from cascade_aio.errors import ConfigError
+from cascade_aio.errors import CascadeError, ConfigError, TierStalledError
 from cascade_aio.io.engine import EngineLimits
 from cascade_aio.io.platform import open_platform
 from cascade_aio.segments.hosts import this_host
@@ -56,7 +56,7 @@ from cascade_aio.tiers.gpu.cuda import open_device
 from cascade_aio.tiers.remote.group import RmaGroup
 from cascade_aio.tiers.remote.mpi_group import MpiGroup
 from cascade_aio.tiers.shm import ShmTier
-from cascade_aio.tiers.stalls import StallWatch, watched
+from cascade_aio.tiers.stalls import StallWatch, in_progress, watched
 
 logger = logging.getLogger("cascade_aio.store")
 
@@ -88,7 +88,8 @@ def open_store(root: str | os.PathLike[str] | StoreConfig, *, comm: Any = None, 
 
     Opening raises ``ConfigError`` (a wrong setting; a root that is no store, of another format or digest,
     not writable; an arena in use; ``io_backend="uring"`` without io_uring), ``TierFullError`` (shared
-    memory too small) or ``OSError``. What earlier writers left is recovered meanwhile.
+    memory too small), ``TierStalledError`` (the storage hangs) or ``OSError``. What earlier writers left is
+    recovered meanwhile.
 
     With ``read_only=True`` nothing is created, written, locked or recovered: it works beside a writer and
     without write permission, takes either digest, needs no arena file (unless ``arena`` names one), and a
@@ -138,6 +139,8 @@ class _Unwinding:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], Awaitable[None]]] = []
+        self.storage: Storage | None = None
+        """What is opened with, as soon as there is any."""
 
     def push(self, step: Callable[[], Awaitable[None]]) -> None:
         self.steps.insert(0, step)
@@ -159,6 +162,56 @@ async def open_with(
 ) -> Store:
     """``open_store`` for a given world, which is closed with the store. For tests and simulations."""
     undo = _Unwinding()
+    return await _unless_stuck(_open_or_undo(config, undo, platform, arena, group, open_driver), config, undo)
+
+
+async def _unless_stuck(opening: Coroutine[Any, Any, Store], config: StoreConfig, undo: _Unwinding) -> Store:
+    """Run it to its end; a storage that makes no progress for ``stall_seconds_max`` is given up, which ends it.
+
+    A cancellation is passed on and its end is awaited, at most so long, too.
+    """
+    task = asyncio.ensure_future(opening)
+    cancelled: asyncio.CancelledError | None = None
+    abandoned = False
+    before: object = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,), timeout=config.stall_seconds_max)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            task.cancel()
+            continue
+        now = None if task.done() or undo.storage is None else in_progress(undo.storage)
+        if now is not None and now == before and undo.storage is not None:
+            abandoned = True
+            undo.storage.abandon()
+            task.cancel()  # else what cannot be read now would be told as unreadable
+        before = now
+    failure = asyncio.CancelledError() if task.cancelled() else task.exception()
+    if failure is None and not abandoned and cancelled is None:
+        return task.result()
+    if failure is None:  # it was open a moment before, or took what it could not read for unreadable
+        with contextlib.suppress(CascadeError, OSError):
+            await task.result().aclose()
+    if cancelled is not None:
+        raise cancelled
+    if abandoned:
+        raise TierStalledError(
+            f"the storage of {config.root} did not answer for {config.stall_seconds_max:g} s while the store was being "
+            "opened: check the device or the file system's servers"
+        ) from failure
+    assert failure is not None
+    raise failure
+
+
+async def _open_or_undo(
+    config: StoreConfig,
+    undo: _Unwinding,
+    platform: Platform | None,
+    arena: Arena | None,
+    group: RmaGroup | None,
+    open_driver: OpenDriver,
+) -> Store:
     joining = None if group is None else Joining(group, config)
     try:
         if joining is not None:
@@ -190,7 +243,7 @@ async def _open(
         platform = open_platform(io_backend=config.io_backend, worker_threads=config.workers, limits=limits)
     undo.push(platform.engine.aclose)
     undo.push(platform.storage.aclose)
-    storage = platform.storage
+    storage = undo.storage = platform.storage
     if config.read_only:
         root = await find_root(storage, config.root)
         config = dataclasses.replace(config, digest=root.digest, disk_bytes=None)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from cascade_aio.config import format_size
 from cascade_aio.core.compaction import (
@@ -111,8 +111,10 @@ class SpaceKeeper:
         self._compactor = Compactor(context, root, claim, self._judge)
         self._turn = asyncio.Lock()
         self._needed = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._hurry = asyncio.Event()  # somebody waits for space
+        self._asked = asyncio.Event()  # or for the turn
         self._waiters: list[_Waiter] = []
+        self._callers = 0  # who wait for their turn
         self._leisure_from_s = 0.0
         self._nearly_due = False
         self._ended = False
@@ -145,14 +147,20 @@ class SpaceKeeper:
         waiter = _Waiter(nbytes, disk_full, removed, self._context.loop.create_future())
         self._waiters.append(waiter)
         self._hurry.set()
+        self._asked.set()
         self._needed.set()
         try:
             return await waiter.future
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-            if not self._waiters:
-                self._hurry.clear()
+            self._calm_down()
+
+    def _calm_down(self) -> None:
+        if not self._waiters:
+            self._hurry.clear()
+            if not self._callers:
+                self._asked.clear()
 
     def ended(self) -> None:
         """See ``SpaceGate``."""
@@ -241,7 +249,7 @@ class SpaceKeeper:
         self._nearly_due = dead_share(uses) > NEARLY_DUE_SHARE * DEAD_SHARE_MAX
         if is_due(uses, self._segment_bytes):
             return await self._round(uses, self._pacer(self._bandwidth))
-        if self._judge.is_due and await self._judge.look(stop=lambda: bool(self._waiters)):
+        if self._judge.is_due and await self._judge.look(stop=self._asked.is_set):
             self._compactor.forget_needless()
         return False
 
@@ -273,15 +281,17 @@ class SpaceKeeper:
         removed = await self._compactor.compact(victims, self._segment_bytes, pace)
         return removed > 0 or not all(self._compactor.may_go(victim) for victim in victims)
 
-    def _pacer(self, bandwidth: int | None, moved: Callable[[int], None] = lambda nbytes: None) -> Pace:
-        """Keeps to ``bandwidth`` (bytes per second, ``None``: as it comes), unless somebody waits for the space."""
-        loop = self._context.loop
+    def _pacer(self, bandwidth: int | None, moved: Callable[[int], None] | None = None) -> Pace:
+        """Keeps to ``bandwidth`` (bytes per second, ``None``: as it comes), unless somebody waits for the space, or,
+        in the background (without ``moved``), for the turn."""
+        loop, hurry = self._context.loop, self._asked if moved is None else self._hurry
         paid_until_s = 0.0
 
         async def pace(nbytes: int) -> None:
             nonlocal paid_until_s
-            moved(nbytes)
-            if not bandwidth or self._hurry.is_set():
+            if moved is not None:
+                moved(nbytes)
+            if not bandwidth or hurry.is_set():
                 await asyncio.sleep(0)
                 return
             paid_until_s = max(paid_until_s, loop.time() - BURST_SECONDS) + nbytes / bandwidth
@@ -291,7 +301,7 @@ class SpaceKeeper:
                 return
             try:
                 async with asyncio.timeout(delay_s):
-                    await self._hurry.wait()
+                    await hurry.wait()
             except TimeoutError:
                 return
 
@@ -410,8 +420,23 @@ class SpaceKeeper:
             kept_aside=sum(entry.damaged or entry.unreadable for entry in after),
         )
 
+    @contextlib.asynccontextmanager
+    async def _next_turn(self) -> AsyncIterator[None]:
+        """The turn, soon: what is done at leisure in the background goes on without pauses, or is given up."""
+        self._callers += 1
+        self._asked.set()
+        try:
+            await self._turn.acquire()
+        finally:
+            self._callers -= 1
+            self._calm_down()
+        try:
+            yield
+        finally:
+            self._turn.release()
+
     async def _look_at_deletions(self) -> int:
-        async with self._turn:
+        async with self._next_turn():
             for _ in range(2):  # the first closes an older mark
                 self._judge.settled_stamp()
             dropped = await self._judge.look() if len(self._context.merger.facts) else 0
@@ -433,7 +458,7 @@ class SpaceKeeper:
                 on_progress(min(done + moved, total), total)
 
         while group := choose_group([use for use in self._uses() if use.number in todo], self._segment_bytes):
-            async with self._turn:
+            async with self._next_turn():
                 todo.difference_update(use.number for use in group)
                 victims = [entry for use in group if (entry := table.get(use.number)) is not None]
                 if is_worth_rewriting(group, self._segment_bytes):

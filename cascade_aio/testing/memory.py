@@ -389,10 +389,10 @@ class MemoryStorage:
             self.frozen.set()
             self._idle.set()
             await asyncio.get_running_loop().create_future()
-        if self._stalls is not None and not after and self._stalls(operation):
-            await self._hang(path)
         if self._abandoned and not after:
             raise _os_error(errno.ETIMEDOUT, path)
+        if self._stalls is not None and not after and self._stalls(operation):
+            await self._hang(path)
         for hook in list(self.hooks):
             verdict = hook(operation)
             if isinstance(verdict, BaseException):

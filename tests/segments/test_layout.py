@@ -257,3 +257,17 @@ async def test_dead_writers_with_segments_are_claimed_and_others_are_named() -> 
     later = await claim_dead(storage, root, here, clock, except_for=mine, vouched_for={claims["far"].writer})
     assert {claim.writer for claim in later.claims} == {claims["closed"].writer, claims["far"].writer}
     assert "alive" in later.left[claims["dead"].writer], "claimed already"
+
+
+async def test_a_writer_that_was_closed_in_the_future_is_adopted() -> None:
+    """Its clock was ahead, or ours was set back: nobody waits years for it to come back for its directory."""
+    storage, clock, here = MemoryStorage(), ManualClock(), Host("a", "boot")
+    root = await open_root(storage, "/kv", "sha256", clock=CLOCK)
+    ahead = ManualClock()
+    ahead.advance(2 * LEFT_SECONDS_MAX)
+    claim = await claim_writer(storage, root, here, ahead)
+    await storage.create(f"{claim.path}/0000000001.seg")
+    await claim.save(storage)
+    claim.release()
+    found = await claim_dead(storage, root, here, clock, except_for=())
+    assert [claim.writer for claim in found.claims] == [claim.writer]

@@ -118,6 +118,23 @@ def test_compaction_keeps_to_its_bandwidth_and_to_its_class() -> None:
     run(story)
 
 
+def test_compact_does_not_wait_for_a_round_at_leisure() -> None:
+    """A round in the background at a bandwidth of nearly nothing has the turn: it goes on without pauses then."""
+
+    async def story() -> None:
+        world = World(compaction_bandwidth=4096)
+        store = await world.open()
+        await half_dead(store)
+        await until(store._space._turn.locked)
+        started_s = asyncio.get_running_loop().time()
+        report = await store.compact()
+        assert report.bytes_after < report.bytes_before
+        assert asyncio.get_running_loop().time() - started_s < 10, "a MiB at that bandwidth takes minutes"
+        await store.aclose()
+
+    run(story)
+
+
 def test_compact_on_demand_reports_progress_and_may_be_run_again() -> None:
     async def story() -> None:
         world = World()

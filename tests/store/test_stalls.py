@@ -275,3 +275,40 @@ def test_calls_that_look_at_files_end_in_time_and_work_later(call: str) -> None:
         await store.aclose()
 
     run(story)
+
+
+@pytest.mark.parametrize("patient", [True, False])
+@pytest.mark.parametrize("where", ["list_directory", "read", "try_lock"])
+def test_an_opening_on_storage_that_hangs_ends_in_time_and_gives_all_back(where: str, patient: bool) -> None:
+    async def story() -> None:
+        world = World(stall_seconds_max=3.0)
+        store = await world.open()
+        block_id = await store.put(b"", pseudo_bytes("0", NBYTES))
+        await store.flush()
+        world.disk = world.disk.kill()
+        for storage in world.storages:
+            storage.freeze_at = 0
+        await cancel_others()
+
+        class Stalling(list[MemoryStorage]):
+            def append(self, storage: MemoryStorage) -> None:
+                storage.stall(lambda operation: operation.name == where)
+                super().append(storage)
+
+        world.storages = Stalling()
+        begun = now()
+        opening = asyncio.ensure_future(world.open())
+        if not patient:
+            await asyncio.sleep(0.5)
+            opening.cancel()
+        with pytest.raises(ca.TierStalledError if patient else asyncio.CancelledError):
+            await opening
+        assert now() - begun < 10
+        world.check_closed()
+        world.storages = []
+        store = await world.open()
+        await expect(store, [block_id])
+        await store.aclose()
+        world.check_closed()
+
+    run(story)
