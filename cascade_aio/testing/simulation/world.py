@@ -126,7 +126,7 @@ class Process:
                 treatment.code = self._fault("bad-sector", errno.EIO)
                 return treatment
         if weather:
-            self._under_weather(kind, file.path, offset, nbytes, treatment)
+            self._under_weather(kind, file.path, nbytes, treatment)
         if self.next_lie and kind is Kind.WRITE and file.path.endswith(".seg") and not treatment.code and offset:
             if self.next_lie == "lost":
                 treatment.lost = True
@@ -136,7 +136,7 @@ class Process:
             self.next_lie = ""
         return treatment
 
-    def _under_weather(self, kind: Kind, path: str, offset: int, nbytes: int, treatment: Treatment) -> None:
+    def _under_weather(self, kind: Kind, path: str, nbytes: int, treatment: Treatment) -> None:
         rng = self.world.rng
         if self._raining("slow"):
             self._fault("slow", 0)
@@ -154,12 +154,8 @@ class Process:
             treatment.move_bytes = rng.randrange(1, nbytes // PAGE_BYTES) * PAGE_BYTES
         if self._raining("again"):
             treatment.code = self._fault("again", rng.choice((errno.EAGAIN, errno.EINTR)))
-        if (
-            kind is Kind.READ
-            and self._raining("misread")
-            and self.world.misreads.isdisjoint(_pages(path, offset, nbytes))
-        ):
-            self.world.misreads.update(_pages(path, offset, nbytes))  # read again it is right
+        if kind is Kind.READ and (path, self.life) not in self.world.misreads and self._raining("misread"):
+            self.world.misreads[path, self.life] = None
             self.misread = True
             treatment.flipped_bit = rng.randrange(8 * nbytes)
             self._fault("misread", 0)
@@ -382,8 +378,8 @@ class World:
         self.oracle = Oracle(skewed=plan.skewed)
         self.injuries = Injuries()
         self.bad_pages: dict[str, set[int]] = {}
-        self.misreads: set[tuple[str, int]] = set()
-        """(path, page) that was read wrongly once."""
+        self.misreads: dict[tuple[str, Life | None], None] = {}
+        """Files that a life has read wrongly: once, read again they are right."""
         self.boots = [1] * (max(plan.hosts) + 1)
         self.processes = [Process(self, slot, machine) for slot, machine in enumerate(plan.hosts)]
         for process, skew_s in zip(self.processes, plan.skew_s, strict=True):
@@ -557,7 +553,3 @@ class World:
         for process in self.processes:
             process.weather.clear()
             process.next_lie = ""
-
-
-def _pages(path: str, offset: int, nbytes: int) -> set[tuple[str, int]]:
-    return {(path, page) for page in range(offset // PAGE_BYTES, -(-(offset + nbytes) // PAGE_BYTES))}
