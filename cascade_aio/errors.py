@@ -59,6 +59,7 @@ class CorruptionError(CascadeError):
 
     Attributes: ``path`` of the file, ``segment`` (its name within the root) and ``offset`` in bytes
     of the damage, ``expected`` and ``found`` as short printable values. ``None`` where unknown.
+    ``reason``: the message without the place.
     ``unreadable``: the bytes could not be read; nothing is known about them, and another attempt may succeed.
     """
 
@@ -83,6 +84,7 @@ class CorruptionError(CascadeError):
         if offset is not None:
             where += f" at offset {offset}"
         detail = "" if expected is None and found is None else f" (expected {expected}, found {found})"
+        self.reason = f"{message}{detail}"
         super().__init__(f"{message}{where}{detail}")
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from cascade_aio.cli.blocks import GET_ARENA_BYTES, PositionalRoot
-from cascade_aio.cli.inspection import plain_report, print_findings, show_progress
+from cascade_aio.cli.inspection import plain_report, print_findings, show_progress, told_once
 from cascade_aio.cli.options import Json, Settings, store_command
 from cascade_aio.cli.output import UsageError, err, out, print_json, run
 from cascade_aio.config import StoreConfig, format_size
@@ -39,7 +39,8 @@ def repair(
     """
     vouched_for = [_writer(text) for text in dead or ()]
     config = settings.reading(directory, GET_ARENA_BYTES)
-    report = run(_repair(dataclasses.replace(config, read_only=False), vouched_for))
+    with told_once():
+        report = run(_repair(dataclasses.replace(config, read_only=False), vouched_for))
     if json:
         print_json(_plain(report))
     else:

@@ -402,7 +402,7 @@ class SegmentRecovery:
                 entry.scanned_bytes = size
                 return
             except CorruptionError as exc:
-                yield DamageFact(entry.path, entry.name, trailer.data_end, footer_bytes, str(exc))
+                yield DamageFact(entry.path, entry.name, trailer.data_end, footer_bytes, exc.reason)
             except OSError as exc:
                 yield self._unread(trailer.data_end, footer_bytes, f"footer is {unreadable_reason(exc)}")
         self._report.scanned += 1
@@ -424,7 +424,7 @@ class SegmentRecovery:
             return True, self._unread(0, PAGE_BYTES, f"segment header is {unreadable_reason(exc)}")
         except CorruptionError as exc:
             self._spoilt = adopt and await self._holds_bytes(file, end)
-            return True, DamageFact(entry.path, entry.name, 0, PAGE_BYTES, str(exc))
+            return True, DamageFact(entry.path, entry.name, 0, PAGE_BYTES, exc.reason)
         if header is None:  # a creation cut short, or a page that was lost: what is ours is looked through
             if not adopt:
                 return False, None

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from cascade_aio.store.scrubbing import Scrubber
 
 logger = logging.getLogger("cascade_aio.store")
+damage_logger = logging.getLogger("cascade_aio.store.damage")
+"""Of its own for who tells of damage otherwise: ``verify`` and ``repair`` name each damaged record in their report."""
 
 _T = TypeVar("_T")
 
@@ -346,7 +348,7 @@ class StoreContext:
             if entry.path == error.path:
                 entry.damaged = True
         self.damage.append(copied(error))  # not the one that is raised: its traceback would pin what readers hold
-        logger.warning("damaged record: %s", error)
+        damage_logger.warning("damaged record: %s", error)
 
     def explain_arena(self) -> str:
         """Who holds the arena, for the message of a ``TierFullError``, and what to do about it."""

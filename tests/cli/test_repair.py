@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import cascade_aio as ca
 from tests.cli.conftest import Cli
 
@@ -51,6 +53,22 @@ def test_repair_says_what_was_lost_and_verify_is_clean(tmp_path: Path, cli: Cli)
     found = cli("repair", root, "--json")
     assert (found.code, found.json["clean"], found.json["lost_blocks"]) == (0, True, [])
     assert {row["block_id"] for row in cli("ls", root, "--json").json} == {*ids} - {ids[1]}
+
+
+def test_a_damaged_footer_is_told_once_with_its_place(
+    tmp_path: Path, cli: Cli, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, _ = stored(tmp_path, cli)
+    (segment,) = root.glob("writers/*/*.seg")
+    next(root.glob("writers/*/checkpoint")).unlink()
+    spoil(root, segment.stat().st_size - 4096 - 200)
+    call = cli("verify", root)
+    told = call.out + call.err
+    assert (call.code, told.count("checksum of the footer")) == (1, 1)
+    assert next(line for line in told.splitlines() if "checksum of the footer" in line).count(str(segment)) == 1
+    cli("repair", root)
+    assert "damaged record" not in caplog.text, "the reports name it"
+    assert cli("verify", root).code == 0
 
 
 def test_repair_refuses_what_is_no_root(tmp_path: Path, cli: Cli) -> None:
