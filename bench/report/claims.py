@@ -1,8 +1,8 @@
 """What the comparison must show, held against what was measured: a line per claim and block size, won or lost.
 
 A claim is about one column. The other side is the best of the named systems by its median; ratios are taken within each
-repetition, in which all systems took turns, and their median decides. A lower value wins where lower is better.
-Pure.
+repetition, in which all systems took turns, and their median decides. Of CPU time, what counts is the bytes that a
+second of it moved, so that more is better everywhere. Pure.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def _verdict(result: SuiteFile, claim: Claim, block_bytes: int) -> Verdict:
     return Verdict(
         claim,
         block_bytes,
-        ours=_value(ours, claim),
+        ours=_goodness(ours.samples, claim),
         other=best.system,
-        theirs=_value(best, claim),
+        theirs=_goodness(best.samples, claim),
         ratio=spread(_pairs(ours, best, claim)),
     )
 
@@ -120,22 +120,14 @@ def _named(name: str, others: Sequence[str]) -> bool:
 
 
 def _measured(sample: Sample, claim: Claim) -> float:
-    """Larger is better."""
     if claim.of == "cpu":
         return (sample.bytes / GB) / sample.cpu_s if sample.cpu_s > 0 else 0.0
     return sample.value
 
 
 def _goodness(samples: Sequence[Sample], claim: Claim) -> float:
+    """GB/s, or GB per CPU second; the median."""
     return spread([_measured(sample, claim) for sample in samples]).median
-
-
-def _value(row: Row, claim: Claim) -> float:
-    """As it is printed: GB/s, or CPU seconds per GB."""
-    if claim.of == "cpu":
-        assert row.cpu_s_per_gb is not None
-        return row.cpu_s_per_gb.median
-    return row.summary.median
 
 
 def _pairs(ours: Row, other: Row, claim: Claim) -> list[float]:

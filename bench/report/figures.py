@@ -8,17 +8,44 @@ or ranks. Latency: quantiles of single operations. Systems that did not run are 
 from __future__ import annotations
 
 import pathlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.report.parts import MAIN_WORKLOADS, Line, Part, Table, leading_number, tables
+from bench.report.parts import LIMIT, MAIN_WORKLOADS, Line, Part, Table, leading_number, tables, title_of
 from bench.results import CannotRunError
 from bench.suite.results import Row, SuiteFile
 from bench.table import size_text
 
 OURS_COLOUR, OTHERS_COLOUR, LIMIT_COLOUR = "#b3311f", "#7a8793", "#222222"
+OTHER_COLOURS = (
+    "#1f77b4",
+    "#ff7f0e",
+    "#2ca02c",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+    "#3b4cc0",
+    "#f4a582",
+    "#66a61e",
+    "#7570b3",
+    "#a6761d",
+    "#e7298a",
+    "#1b9e77",
+    "#666666",
+    "#377eb8",
+)
+OUR_STYLES = ("-", "--", ":", "-.")
+"""Of lines: all of ours have our colour."""
 BAR_INCHES = 0.26
 PANEL_INCHES = 4.6
+PANEL_LETTERS = 78
+"""Width of small print below a panel."""
+BARS_MIN = 6
+"""So that a panel of few systems has no giant bars."""
 PNG_DPI = 130
 QUANTILES_MIN = 5
 """Fewer say nothing about a distribution."""
@@ -60,7 +87,7 @@ def _figures(plot: Any, result: SuiteFile) -> Iterator[tuple[str, str, Any]]:
         if name.startswith("throughput-"):
             yield name, title, _throughput(plot, main, name.removeprefix("throughput-"))
         elif name in scalings:
-            yield name, title, _scaling(plot, scalings[name])
+            yield name, title, _scaling(plot, result, scalings[name])
         else:
             yield name, title, _latency(plot, result, _latencies(result))
 
@@ -68,6 +95,7 @@ def _figures(plot: Any, result: SuiteFile) -> Iterator[tuple[str, str, Any]]:
 def _throughput(plot: Any, main: Sequence[Table], slug: str) -> Any:
     shown = [(table, at) for table in main for at, head in enumerate(table.heads) if _slug(head) == slug]
     shown = [(table, at) for table, at in shown if any(isinstance(line.cells[at], Row) for line in table.lines)]
+    shown.sort(key=lambda one: one[0].column.medium)  # a row of panels for each medium
     across = min(2, len(shown))
     down = -(-len(shown) // across)
     tallest = max(len(table.lines) for table, _ in shown)
@@ -96,12 +124,13 @@ def _bars(panel: Any, table: Table, at: int) -> None:
         if line.is_limit and isinstance(line.cells[at], Row):
             panel.axvline(_median(line, at), color=LIMIT_COLOUR, linestyle="--", linewidth=1.0, label=line.title)
             panel.legend(loc="lower right", fontsize="x-small", frameon=False)
+    panel.set_ylim(-0.6, max(len(ran), BARS_MIN) - 0.4)
     panel.set_title(table.column.title, fontsize="medium")
     panel.tick_params(labelsize="x-small")
     panel.set_xlim(left=0)
     missing = [line.title for line in table.lines if not line.is_limit and not isinstance(line.cells[at], Row)]
-    absent = f"\nnot run: {_wrapped(missing)}" if missing else ""
-    panel.set_xlabel(f"{table.column.unit}, median and range{absent}", fontsize="x-small")
+    absent = "\n" + _wrapped("not run: ", missing, PANEL_LETTERS) if missing else ""
+    panel.set_xlabel(f"{table.column.unit}, median and range{absent}", fontsize="xx-small")
 
 
 def _scalings(result: SuiteFile) -> list[tuple[str, str, list[Table]]]:
@@ -114,18 +143,15 @@ def _scalings(result: SuiteFile) -> list[tuple[str, str, list[Table]]]:
     return [(name, f"Scaling: {name}", shown) for name, shown in found.items()]
 
 
-def _scaling(plot: Any, shown: Sequence[Table]) -> Any:
-    across = min(2, len(shown))
-    down = -(-len(shown) // across)
-    size = (PANEL_INCHES * 1.2 * across, PANEL_INCHES * 0.8 * down)
-    figure, panels = plot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
-    flat = list(panels.flat)
-    for panel, table in zip(flat, shown, strict=False):
+def _scaling(plot: Any, result: SuiteFile, shown: Sequence[Table]) -> Any:
+    figure, panels = _grid(plot, len(shown), 2)
+    for panel, table in zip(panels, shown, strict=False):
         counts = [leading_number(head) or 0 for head in table.heads]
         for line in table.lines:
             points = [(count, _median(line, at)) for at, count in enumerate(counts) if isinstance(line.cells[at], Row)]
             if points:
-                _series(panel, points, line)
+                x, y = zip(*points, strict=True)
+                panel.plot(x, y, marker="o", markersize=3, label=line.title, **_style(result, line.system))
         panel.set_xscale("log", base=2)
         panel.set_xticks(counts, [str(count) for count in counts])
         panel.set_ylim(bottom=0)
@@ -133,20 +159,48 @@ def _scaling(plot: Any, shown: Sequence[Table]) -> Any:
         panel.set_xlabel(table.heads[0].partition(" ")[2], fontsize="x-small")
         panel.set_ylabel(table.column.unit, fontsize="x-small")
         panel.tick_params(labelsize="x-small")
-        if panel.has_data():
-            panel.legend(fontsize="xx-small", frameon=False)
-    for panel in flat[len(shown) :]:
-        panel.set_visible(False)
+    _legend(figure, panels)
     return figure
 
 
-def _series(panel: Any, points: Sequence[tuple[int, float]], line: Line) -> None:
-    x, y = zip(*points, strict=True)
-    if line.is_limit:
-        panel.plot(x, y, color=LIMIT_COLOUR, linestyle="--", linewidth=1.0, label=line.title)
-    else:
-        ours = line.system.startswith("cascade")
-        panel.plot(x, y, marker="o", markersize=3, linewidth=2.0 if ours else 1.0, label=line.title)
+def _grid(plot: Any, count: int, across: int) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` panels, at most ``across`` in a row."""
+    across = min(across, count)
+    down = -(-count // across)
+    size = (PANEL_INCHES * 1.1 * across, PANEL_INCHES * 0.8 * down + 0.8)
+    figure, panels = plot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    for panel in list(panels.flat)[count:]:
+        panel.set_visible(False)
+    return figure, list(panels.flat)[:count]
+
+
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
+    """One legend for all panels: a system looks the same in each."""
+    found: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in found}
+    ordered = sorted(found)
+    figure.legend(
+        [found[label] for label in ordered],
+        ordered,
+        loc="outside lower center",
+        ncols=3,
+        fontsize="x-small",
+        frameon=False,
+    )
+
+
+def _style(result: SuiteFile, system: str) -> dict[str, Any]:
+    """The look of a system's line, the same in every panel."""
+    if system.startswith(LIMIT):
+        return {"color": LIMIT_COLOUR, "linestyle": "--", "linewidth": 1.0}
+    ours = [name for name in result.systems if name.startswith("cascade")]
+    if system in ours:
+        return {"color": OURS_COLOUR, "linestyle": OUR_STYLES[ours.index(system) % len(OUR_STYLES)], "linewidth": 2.0}
+    others = [name for name in result.systems if name not in ours and not name.startswith(LIMIT)]
+    place = others.index(system) if system in others else len(others)
+    return {"color": OTHER_COLOURS[place % len(OTHER_COLOURS)], "linewidth": 1.1}
 
 
 def _latencies(result: SuiteFile) -> list[tuple[str, int]]:
@@ -160,31 +214,25 @@ def _latencies(result: SuiteFile) -> list[tuple[str, int]]:
 
 
 def _latency(plot: Any, result: SuiteFile, shown: Sequence[tuple[str, int]]) -> Any:
-    across = min(3, len(shown))
-    down = -(-len(shown) // across)
-    size = (PANEL_INCHES * across, PANEL_INCHES * 0.85 * down)
-    figure, panels = plot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
-    flat = list(panels.flat)
-    for panel, (column, block_bytes) in zip(flat, shown, strict=False):
-        silent: list[str] = []
+    figure, panels = _grid(plot, len(shown), 3)
+    silent: dict[str, None] = {}
+    for panel, (column, block_bytes) in zip(panels, shown, strict=True):
         for row in result.rows:
             if (row.column, row.block_bytes) == (column, block_bytes) and row.workload in MAIN_WORKLOADS:
-                info = result.systems.get(row.system)
-                title = info.title if info else row.system
                 if points := _quantiles(row):
-                    width = 2.0 if row.system.startswith("cascade") else 1.0
-                    panel.plot([ms for _, ms in points], [share for share, _ in points], linewidth=width, label=title)
+                    shares, ms = zip(*points, strict=True)
+                    panel.plot(ms, shares, label=title_of(result, row.system), **_style(result, row.system))
                 else:
-                    silent.append(title)
+                    silent[title_of(result, row.system)] = None
         panel.set_xscale("log")
         panel.set_title(f"{column.replace('_', ' ')}, {size_text(block_bytes)}", fontsize="small")
-        absent = f"\nin batches, not timed one by one: {_wrapped(silent)}" if silent else ""
-        panel.set_xlabel(f"milliseconds{absent}", fontsize="x-small")
+        panel.set_xlabel("milliseconds", fontsize="x-small")
         panel.set_ylabel("share of operations", fontsize="x-small")
-        panel.tick_params(labelsize="x-small")
-        panel.legend(fontsize="xx-small", frameon=False)
-    for panel in flat[len(shown) :]:
-        panel.set_visible(False)
+        panel.tick_params(which="both", labelsize="xx-small")
+    if silent:
+        width = PANEL_LETTERS * min(3, len(shown))
+        figure.suptitle(_wrapped("Driven in batches, not timed one by one: ", list(silent), width), fontsize="x-small")
+    _legend(figure, panels)
     return figure
 
 
@@ -210,9 +258,8 @@ def _colour(system: str) -> str:
     return OURS_COLOUR if system.startswith("cascade") else OTHERS_COLOUR
 
 
-def _wrapped(titles: Sequence[str], a_line: int = 3) -> str:
-    rows = [", ".join(titles[start : start + a_line]) for start in range(0, len(titles), a_line)]
-    return ",\n".join(rows)
+def _wrapped(before: str, titles: Sequence[str], width: int) -> str:
+    return "\n".join(textwrap.wrap(before + ", ".join(titles), width))
 
 
 def _slug(text: str) -> str:

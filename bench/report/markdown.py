@@ -50,29 +50,30 @@ def how(result: SuiteFile) -> str:
 
 
 def claim_lines(found: Sequence[Verdict]) -> list[str]:
-    """The claims as a table, in their order."""
+    """The claims as a table, in their order: block sizes across, in each cell the ratio and who was the best."""
+    sizes = sorted({verdict.block_bytes for verdict in found})
     lines = [
-        "| what | against | block | cascade | best of them | ratio (min–max) | target | |",
-        "| --- | --- | ---: | ---: | --- | --- | --- | --- |",
+        "| cascade's | against | target | " + " | ".join(size_text(size) for size in sizes) + " |",
+        "| --- | --- | --- |" + " --- |" * len(sizes),
     ]
-    for verdict in found:
-        claim = verdict.claim
-        unit = "CPU s/GB" if claim.of == "cpu" else "GB/s"
-        what = {"write_durable": "write, durable", "write_volatile": "write, readable"}.get(claim.column, claim.column)
-        cells = [f"{what}, {unit}", claim.than, size_text(verdict.block_bytes)]
-        if verdict.ratio is None or verdict.ours is None or verdict.theirs is None:
-            cells += ["", verdict.reason, "", f"≥ {claim.factor:g}", ""]
-        else:
-            ratio = verdict.ratio
-            cells += [
-                number_text(verdict.ours),
-                f"{number_text(verdict.theirs)} ({verdict.other})",
-                f"**{number_text(ratio.median)}** ({number_text(ratio.minimum)}–{number_text(ratio.maximum)})",
-                f"≥ {claim.factor:g}",
-                "✓" if verdict.met else "✗ lost",
-            ]
-        lines.append("| " + " | ".join(_safe(cell) for cell in cells) + " |")
-    return lines
+    cells = {(verdict.claim, verdict.block_bytes): _claim_cell(verdict) for verdict in found}
+    for claim in dict.fromkeys(verdict.claim for verdict in found):
+        what = {"write_durable": "durable write", "write_volatile": "readable write"}.get(
+            claim.column, f"{claim.column} read"
+        )
+        unit = "GB per CPU second" if claim.of == "cpu" else "GB/s"
+        row = [f"{what}, {unit}", claim.than, f"≥ {claim.factor:g} ×"]
+        row += [cells.get((claim, size), "") for size in sizes]
+        lines.append("| " + " | ".join(_safe(cell) for cell in row) + " |")
+    return [*lines, "", "Ratios within repetitions: median (minimum–maximum), our value : theirs."]
+
+
+def _claim_cell(verdict: Verdict) -> str:
+    if verdict.ratio is None or verdict.ours is None or verdict.theirs is None:
+        return verdict.reason
+    ratio, mark = verdict.ratio, "✓" if verdict.met else "✗ lost"
+    spread = f"**{number_text(ratio.median)}** ({number_text(ratio.minimum)}–{number_text(ratio.maximum)}) {mark}"
+    return f"{spread}; {number_text(verdict.ours)} : {number_text(verdict.theirs)} {verdict.other}"
 
 
 def table_lines(table: Table, *, brief: bool = False) -> list[str]:

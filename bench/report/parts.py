@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from bench.peers.catalog import entries
 from bench.results import BenchError
 from bench.suite.results import COLUMNS, Column, NotRun, Row, SuiteFile, key_of, load
 from bench.table import size_text
@@ -165,8 +166,8 @@ def _table(
     lines = [
         Line(
             system,
-            info.title if (info := result.systems.get(system)) else system,
-            info.medium if info else "",
+            title_of(result, system),
+            result.systems[system].medium if system in result.systems else "",
             tuple(cells.get((system, size, variant)) for size, variant in heads),
         )
         for system in dict.fromkeys(one.system for one in here)
@@ -180,6 +181,14 @@ def _table(
     # A limit of the other medium is no system that failed to run.
     told = sorted((line for line in lines if line.ran() or not line.is_limit), key=place)
     return Table(workload, name, COLUMNS[name], what, tuple(texts), tuple(told))
+
+
+def title_of(result: SuiteFile, system: str) -> str:
+    """What tables print for a system: of the run, else of the catalogue (it never opened), else its name."""
+    if system in result.systems:
+        return result.systems[system].title
+    entry = entries().get(system)
+    return entry.system.title if entry is not None else system
 
 
 def leading_number(variant: str) -> int | None:

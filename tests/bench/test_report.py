@@ -131,7 +131,7 @@ def test_markdown_prints_winners_losers_and_what_did_not_run(measured: SuiteFile
     assert "| LMCache LocalDiskBackend (default) | 0.50 (0.50–0.50); 2.00; 64, 4 blocks |" in text
     assert "| NIXL_POSIX & O_DIRECT | **1.50** (1.40–1.60)" in text
     assert "| PDC | not run: PDC_DIR is not set |  |" in text
-    assert "| redis-aof | not run: a \\| b |" in text
+    assert "| Redis (Unix socket, AOF) | not run: a \\| b |" in text
     assert "limit-memory" not in text
     assert "![A title](figures/a.svg)" in text
     assert "✗ lost" in text
@@ -160,7 +160,7 @@ def test_claims_are_taken_within_repetitions_and_say_why_they_cannot_be_held(mea
     assert (cold.other, cold.met) == ("nixl-direct", False)
     thrift = found["write_durable", "the thriftiest peer", "cpu", MIB]
     assert thrift.ratio is not None
-    assert (thrift.ours, thrift.theirs) == (0.5, 2.0)
+    assert (thrift.ours, thrift.theirs) == (2.0, 0.5)  # GB per CPU second
     assert thrift.ratio.median == pytest.approx(4.0)
     assert found["cold", "PDC", "value", MIB].reason == "not run: PDC_DIR is not set"
     assert found["write_durable", "Redis", "value", MIB].reason == "not run: a | b"
@@ -208,7 +208,7 @@ def test_the_command_writes_what_check_then_accepts(measured: SuiteFile, tmp_pat
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert CliRunner().invoke(app, [*arguments, "--check"]).exit_code == 0
     text = page.read_text()
-    assert text.startswith(f"before\n{readme.BEGIN}\n| what | against")
+    assert text.startswith(f"before\n{readme.BEGIN}\n| cascade's | against")
     assert text.endswith(f"{readme.END}\nafter\n")
     assert "(figures/systems-1-throughput-1-mib.svg)" in text
     page.write_text(text.replace("2.00", "3.00"))
