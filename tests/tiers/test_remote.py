@@ -11,7 +11,8 @@ import pytest
 
 from cascade_aio.abc.storage import Platform
 from cascade_aio.config import make_config
-from cascade_aio.errors import BlockNotFoundError, BrokenTierError, ConfigError, TierFullError
+from cascade_aio.core.remote_operations import Operation
+from cascade_aio.errors import BlockNotFoundError, BrokenTierError, ClosedError, ConfigError, TierFullError
 from cascade_aio.model import BlockId, PrefixKey, Tier, prefix_keys
 from cascade_aio.store.opening import open_with
 from cascade_aio.store.store import Store
@@ -19,6 +20,7 @@ from cascade_aio.testing.clock import ManualClock
 from cascade_aio.testing.memory import MemoryDisk, MemoryEngine, MemoryStorage
 from cascade_aio.testing.rma import FakeRanks
 from cascade_aio.testing.world import ROOT, SMALL_SETTINGS, check_idle, check_invariants, pseudo_bytes, virtual_loop
+from cascade_aio.tiers.remote.group import Call
 
 KIB = 1024
 
@@ -398,6 +400,59 @@ async def test_giving_up_a_get_gives_everything_back() -> None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await asyncio.sleep(1)
+
+
+@at_once
+async def test_a_transport_that_hangs_is_waited_for_once_and_used_again_when_it_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with Job(2) as stores:
+        ids = [await put(stores[1], f"b{number}") for number in range(3)]
+        await stores[1].flush()
+        await stores[0].refresh()
+        await shown(stores[1])
+        sharing = stores[0]._context.sharing
+        assert sharing is not None
+        stuck: list[Call[Any]] = []
+
+        def submit(operation: Operation[Any]) -> Call[Any]:
+            stuck.append(Call(operation, loop))
+            return stuck[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sharing.tier._group, "submit", submit)
+            started = loop.time()
+            assert await check(stores[0], ids[0], "b0") is Tier.DISK
+            patience_s = loop.time() - started
+            assert patience_s < 4 * stores[0]._context.config.remote_seconds_max
+            assert await check(stores[0], ids[1], "b1") is Tier.DISK
+            assert loop.time() - started < patience_s + 1
+            assert remote(stores[0])["hangs"]
+        unlisted = await put(stores[0], "while it hung")
+        await asyncio.sleep(1)
+        for call in stuck:
+            call.operation.close()
+            call.outcome.set_exception(BrokenTierError("it moves"))
+        await asyncio.sleep(0)
+        assert not remote(stores[0])["hangs"]
+        await shown(stores[0])
+        assert await check(stores[0], ids[2], "b2") is Tier.REMOTE
+        assert await stores[1].contains(unlisted)
+
+
+@at_once
+async def test_closing_in_the_middle_of_transfers_ends_them() -> None:
+    async with Job(3) as stores:
+        ids = [await put(stores[1], f"b{number}") for number in range(12)]
+        await shown(stores[1])
+        gets = [asyncio.ensure_future(check(stores[0], block_id, f"b{n}")) for n, block_id in enumerate(ids)]
+        prefetch = stores[0].prefetch(ids)
+        await asyncio.sleep(3e-4)
+        await stores[0].aclose()
+        outcomes = await asyncio.gather(*gets, return_exceptions=True)
+        assert all(isinstance(end, Tier | ClosedError | BlockNotFoundError) for end in outcomes), outcomes
+        assert prefetch.done
 
 
 # -- opening --------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ class RemoteTier:
         self.counters = RemoteCounters()
         self._read_bytes_from: collections.Counter[int] = collections.Counter()
         self.on_moved: Callable[[], None] = lambda: None
-        """Called when ranks went or came back: names that they kept have another place now."""
+        """Called when ranks, or the transport, went or came back: look again where names are to be listed."""
 
     @classmethod
     async def open(
@@ -357,6 +357,8 @@ class RemoteTier:
         if not outcome.cancelled():
             outcome.exception()
         self._hangs -= 1
+        if not self._hangs:
+            self.on_moved()  # what could not be listed meanwhile is listed now
 
     # -- who is there -------------------------------------------------------------------------
 
