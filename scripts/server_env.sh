@@ -30,6 +30,7 @@ vllm)
         # Builds for CUDA, which keep transformers from being imported.
         "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec >&2
     fi
+    has lmcache 0.5.6 || install --no-deps lmcache==0.5.6 aiofile caio # make ttft tries its connector, too
     ;;
 lmcache)
     if ! has lmcache 0.5.6; then

@@ -84,7 +84,7 @@ def measure(
 
     def ask(transfer: Transfer | None, variables: dict[str, str]) -> tuple[Answers, str]:
         plan = {"model": str(folder / "model"), "tokens": tokens, "seeds": seeds, "transfer": transfer}
-        return _child(python, {**plan, "settle_s": SETTLE_S}, variables)
+        return _child(python, {**plan, "settle_s": SETTLE_S}, variables, folder)
 
     say("vLLM computes")
     computed, _ = ask(None, {})
@@ -99,6 +99,7 @@ def measure(
             say(f"{name}: loading")
             loaded, log = ask(transfer, variables)
         except ChildError as error:
+            say(f"{name}: {error}")
             problems.append(f"{name}: {error.log}")
             found.append(Way(name, "s", not_run=str(error)))
             continue
@@ -124,14 +125,20 @@ class ChildError(Exception):
         self.log = log
 
 
-def _child(python: str, plan: dict[str, Any], variables: dict[str, str]) -> tuple[Answers, str]:
-    """What an engine answered, and what it said."""
+def _child(python: str, plan: dict[str, Any], variables: dict[str, str], folder: pathlib.Path) -> tuple[Answers, str]:
+    """What an engine answered, and what it said. Not in a checkout, whose packages its processes would import."""
     path = os.pathsep.join([str(EXAMPLE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **variables}
     command = [python, str(CHILD), json.dumps(plan)]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=CHILD_SECONDS_MAX, check=False
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=CHILD_SECONDS_MAX,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ChildError(f"the engine did not end within {CHILD_SECONDS_MAX} s", str(error.output)[-4000:]) from error
@@ -143,8 +150,10 @@ def _child(python: str, plan: dict[str, Any], variables: dict[str, str]) -> tupl
 
 
 def _reason(log: str) -> str:
-    """The first line of ``log`` that tells of an exception."""
+    """The first line of ``log`` that tells of an exception and is not only a warning."""
     for line in log.splitlines():
+        if "WARNING" in line:
+            continue
         if found := re.search(r"\b(\w*(?:Error|Exception): .*)", line):
             return found[1][:200]
     return ""
