@@ -97,8 +97,8 @@ def log(store_success: int = lmcache_ways.KEYS) -> str:
 def test_lmcaches_words_are_read_and_its_failures_are_rows(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bench(python: str, adapter: dict[str, Any]) -> str:
-        json.dumps(adapter)
+    def bench(python: str, adapter: dict[str, Any], folder: pathlib.Path) -> str:
+        assert str(folder) in json.dumps(adapter)
         return log(63) if adapter["type"] == "fs_native" else log()
 
     monkeypatch.setattr(lmcache_ways, "_bench", bench)
