@@ -95,23 +95,32 @@ def _figures(plot: Any, result: SuiteFile) -> Iterator[tuple[str, str, Any]]:
 def _throughput(plot: Any, main: Sequence[Table], slug: str) -> Any:
     shown = [(table, at) for table in main for at, head in enumerate(table.heads) if _slug(head) == slug]
     shown = [(table, at) for table, at in shown if any(isinstance(line.cells[at], Row) for line in table.lines)]
-    shown.sort(key=lambda one: one[0].column.medium)  # a row of panels for each medium
-    across = min(2, len(shown))
-    down = -(-len(shown) // across)
-    tallest = max(len(table.lines) for table, _ in shown)
-    size = (PANEL_INCHES * 1.6 * across, (1.4 + BAR_INCHES * tallest) * down)
-    figure, panels = plot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
-    flat = list(panels.flat)
-    for panel, (table, at) in zip(flat, shown, strict=False):
-        _bars(panel, table, at)
-    for panel in flat[len(shown) :]:
-        panel.set_visible(False)
+    left = [one for one in shown if one[0].column.medium == "memory"]
+    right = [one for one in shown if one[0].column.medium != "memory"]
+    across = [half for half in (left, right) if half]  # a column of panels for each medium
+    down = max(len(half) for half in across)
+    bars = [max([BARS_MIN, *(len(_ran(*half[row])) for half in across if row < len(half))]) for row in range(down)]
+    size = (PANEL_INCHES * 1.6 * len(across), sum(1.2 + BAR_INCHES * count for count in bars))
+    ratios = {"height_ratios": [4 + count for count in bars]}
+    figure, panels = plot.subplots(
+        down, len(across), figsize=size, squeeze=False, layout="constrained", gridspec_kw=ratios
+    )
+    for row, line in enumerate(panels):
+        for panel, half in zip(line, across, strict=True):
+            if row < len(half):
+                _bars(panel, *half[row])
+            else:
+                panel.set_visible(False)
     return figure
 
 
+def _ran(table: Table, at: int) -> list[Line]:
+    """The systems with a bar."""
+    return [line for line in table.lines if not line.is_limit and isinstance(line.cells[at], Row)]
+
+
 def _bars(panel: Any, table: Table, at: int) -> None:
-    ran = [line for line in table.lines if not line.is_limit and isinstance(line.cells[at], Row)]
-    ran.sort(key=lambda line: _median(line, at))
+    ran = sorted(_ran(table, at), key=lambda line: _median(line, at))
     for place, line in enumerate(ran):
         cell = line.cells[at]
         assert isinstance(cell, Row)

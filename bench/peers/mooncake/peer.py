@@ -47,6 +47,9 @@ LOCAL_BUFFER_BYTES = 64 << 20
 OFFLOAD_BUFFER_BYTES = 1 << 30
 """What one call reads from disk must fit in. The default of 1.25 GiB is more than io_uring registers at once, and
 Mooncake then goes on without registration."""
+BUFFER_TTL_MS = 60_000
+"""How long what was read from disk may stay in that buffer until it is taken. Under the default a batch came back with
+other bytes once, on a loaded machine, and under 200 ms calls fail; whether that was the cause is not known."""
 BUCKET_KEYS = 1
 """Objects wait in memory for a full bucket, for ever if none comes (by default 500 objects or 256 MiB): a cold read of
 all blocks needs buckets that every object fills."""
@@ -91,6 +94,7 @@ class MooncakePeer(BlockingPeer):
             os.environ.update(
                 MOONCAKE_OFFLOAD_HEARTBEAT_INTERVAL_SECONDS=str(HEARTBEAT_SECONDS),
                 MOONCAKE_OFFLOAD_LOCAL_BUFFER_SIZE_BYTES=str(OFFLOAD_BUFFER_BYTES),
+                MOONCAKE_OFFLOAD_CLIENT_BUFFER_GC_TTL_MS=str(BUFFER_TTL_MS),
                 MOONCAKE_OFFLOAD_BUCKET_KEYS_LIMIT=str(BUCKET_KEYS),
                 MOONCAKE_OFFLOAD_USE_URING="1",
             )
