@@ -19,7 +19,8 @@ from cascade_aio.testing.simulation.contents import content, name_key, number_of
 from cascade_aio.testing.simulation.judging import Judge, Target
 from cascade_aio.testing.simulation.oracle import BrokenPromise, Life, Put
 from cascade_aio.testing.simulation.plan import Step
-from cascade_aio.testing.simulation.world import STUCK_S, Process, World
+from cascade_aio.testing.simulation.process import STUCK_S, Process
+from cascade_aio.testing.simulation.world import World
 
 OPERATION_S_MAX = 4 * STUCK_S[1]
 """Virtual seconds: a few stuck requests one after the other."""

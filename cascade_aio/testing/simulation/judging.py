@@ -25,7 +25,8 @@ from cascade_aio.store.block import Block
 from cascade_aio.testing.simulation.contents import Content, content, name_key, number_of
 from cascade_aio.testing.simulation.oracle import BrokenPromise, Life
 from cascade_aio.testing.simulation.plan import Step
-from cascade_aio.testing.simulation.world import STUCK_S, Process, Report, World
+from cascade_aio.testing.simulation.process import STUCK_S, Process
+from cascade_aio.testing.simulation.world import Report, World
 
 WEATHER_S_MAX = 2.0
 """A fault that comes and goes lasts at most so long."""
@@ -68,20 +69,25 @@ class Judge:
             return
         if isinstance(error, CorruptionError):
             self.check_damage(error)
-            world.met("reported damage", process)
+            if error.path not in world.injuries.paths:
+                world.met("reported as damage", process, ("misread",))
             return
+        causes: tuple[str, ...] = (*_READ_FAULTS, *_WRITE_FAULTS)
         if isinstance(error, TierFullError):
+            causes = _WRITE_FAULTS
             allowed = self.may_be_full(process)
         elif isinstance(error, TierStalledError):
+            causes = ("stuck",)
             allowed = process.recent("stuck", within_s=STUCK_S[1] + 1)
         elif isinstance(error, BrokenTierError):
+            causes = _WRITE_FAULTS
             allowed = process.write_faults > 0
         elif isinstance(error, ClosedError):
             allowed = process.closing or process.store is None
         elif isinstance(error, OSError):
             # A request is stuck for so long at most.
             writes = step.kind.removesuffix("-cancelled") in _WRITING
-            causes = (*_READ_FAULTS, *_WRITE_FAULTS) if writes else _READ_FAULTS
+            causes = causes if writes else _READ_FAULTS
             allowed = process.recent(*causes, within_s=STUCK_S[1] + WEATHER_S_MAX)
         else:
             allowed = False
@@ -89,7 +95,7 @@ class Judge:
             raise BrokenPromise(4 if isinstance(error, TierFullError) else 2, f"{step}: {error!r}") from error
         if isinstance(error, OSError) and error.filename:
             world.reports.setdefault(Report(error.filename, None, str(error), torn=True))
-        world.met("error to the caller", process)
+        world.met("error to the caller", process, causes)
 
     def may_be_full(self, process: Process) -> bool:
         return (
@@ -177,12 +183,13 @@ class Judge:
                 self._oracle.give_up(block)
                 world.counts["lost to damage"] += 1
                 world.missed_after_injury.add(block)
-            world.met("missed, reported", process)
+            for what in {injury.what for block in hurt for injury in world.injuries.of_block(block)}:
+                world.outcomes[f"{what}: block missed"] += 1
             return
         if ("read_seconds_max" in why or "has not answered" in why) and (
             process.recent("slow", "stuck", within_s=STUCK_S[1]) or self.may_be_full(process)
         ):
-            world.met("miss", process)
+            world.met("miss", process, ("slow", "stuck"))
             return
         evicted = world.evicted_so_far()
         if target.shared and evicted:

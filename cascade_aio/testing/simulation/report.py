@@ -1,7 +1,8 @@
 """What many runs add up to: the figures of a result file, and what became of each kind of fault.
 
 Pure but for ``provenance``. A fault that no call ended with an error for was *absorbed*: retried, written elsewhere,
-served from memory, or of no consequence.
+served from memory, or of no consequence. Damage of the medium is told by the records that it hit: reported with their
+place, or never met again (dead, overwritten, removed); and by the blocks that were missed for it.
 """
 
 from __future__ import annotations
@@ -112,8 +113,6 @@ class Tally:
             if name.startswith(kind + ":")
         }
         injected = self.injected[kind]
-        return {
-            "what": FAULT_WORDS[kind],
-            "injected": injected,
-            "met": {**met, "absorbed": max(0, injected - sum(met.values()))},
-        }
+        if kind not in DAMAGE:
+            met["absorbed"] = max(0, injected - sum(met.values()))
+        return {"what": FAULT_WORDS[kind], "injected": injected, "met": met}

@@ -35,7 +35,8 @@ from cascade_aio.testing.simulation.judging import WEATHER_S_MAX
 from cascade_aio.testing.simulation.loop import LivelockError, SimulationLoop, end_tasks, tasks_of
 from cascade_aio.testing.simulation.oracle import BrokenPromise
 from cascade_aio.testing.simulation.plan import DAMAGE, WEATHER, Plan, Step, make_plan
-from cascade_aio.testing.simulation.world import HOST, ROOT, Process, World
+from cascade_aio.testing.simulation.process import HOST, ROOT, Process
+from cascade_aio.testing.simulation.world import World
 from cascade_aio.testing.world import check_idle, check_invariants, settle
 
 QUIET_S = 200.0
@@ -85,6 +86,7 @@ def simulate(seed: int, *, steps_max: int | None = None) -> Outcome:
             failure = _first(error)
         finally:
             _clear_up(loop, world)
+    world.met_damage()
     if failure is None and unraisable:
         failure = BrokenPromise(4, f"something was left behind: {unraisable[0]}")
     return _outcome(plan, world, loop, failure)
@@ -410,6 +412,7 @@ class _Run:
     def _check_reports(self) -> None:
         """Promise 2: what the medium took was reported, and nothing was reported without damage."""
         world = self._world
+        world.gather_quarantine()
         for report in world.reports:
             known = report.path in world.injuries.paths or world.was_misread(report.path)
             if not known and "unreadable" not in report.text and not report.torn:
