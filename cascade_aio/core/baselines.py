@@ -66,6 +66,7 @@ class Baseline:
         del self._names[node]
 
     def victim(self) -> int | None:
+        """See ``EvictionPolicy``."""
         raise NotImplementedError
 
     def __contains__(self, node: int) -> bool:
@@ -209,6 +210,7 @@ class S3Fifo(Baseline):
         self._promoted: set[int] = set()
 
     def victim(self) -> int | None:
+        """See ``EvictionPolicy``."""
         while True:
             if self._small and (len(self._small) > self.SMALL_SHARE * len(self) or not self._main):
                 node = next(iter(self._small))

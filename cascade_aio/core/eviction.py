@@ -121,6 +121,7 @@ class PrefixLru:
             self.touch(node)
 
     def remove(self, node: int) -> None:
+        """See ``EvictionPolicy``: it has left the tier, evicted or not."""
         slot = node + 1
         assert node in self, f"node {node} is not in the tier"
         assert not self._pins[slot], f"node {node} is pinned"

@@ -161,6 +161,7 @@ class Publisher:
     # -- what the catalog tells -----------------------------------------------------------------
 
     def publish(self, copy: Copy) -> None:
+        """See ``CopyPublisher``. Without a free slot the copy stays unlisted: clients ask for it."""
         if not copy.described:
             describe(copy, self._catalog.index, self._digest)
         entry = DirectoryEntry(

@@ -288,6 +288,7 @@ class SpaceKeeper:
         paid_until_s = 0.0
 
         async def pace(nbytes: int) -> None:
+            """See ``Pace``."""
             nonlocal paid_until_s
             if moved is not None:
                 moved(nbytes)

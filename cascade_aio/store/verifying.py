@@ -142,6 +142,7 @@ class Verifier:
                 tasks.create_task(self._examine(entry, gate))
 
     def report(self) -> VerifyReport:
+        """What was found, in order of place: after ``run``."""
         found = self.examinations
         damage = [error for one in found for _, _, error, _ in one.wrong]
         unreadable = [error for one in found for error in one.unreadable]

@@ -155,6 +155,7 @@ class HitDensity:
             self._queues.put_back(slot, self._class(slot), self._now)
 
     def remove(self, node: int) -> None:
+        """See ``EvictionPolicy``: it has left the tier, evicted or not."""
         slot = node + 1
         assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
         assert not self._pins[slot], f"node {node} is pinned"

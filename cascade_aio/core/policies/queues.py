@@ -80,6 +80,7 @@ class AgedQueues:
             self._waiting |= 1 << self._rank_of[number]
 
     def unlink(self, slot: int) -> None:
+        """Take ``slot`` out of the queue that it is in. O(1)."""
         number = self.queue[slot] - 1
         before, after = self._prev[slot], self._next[slot]
         self.queue[slot] = 0
