@@ -108,3 +108,12 @@ def test_lmcaches_words_are_read_and_its_failures_are_rows(
     assert store.ways[1].not_run == "Store: 63 of 64 objects succeeded"
     assert len(problems) == 1
     assert not (tmp_path / "l2").exists()
+
+
+def test_the_readme_has_the_tables_of_the_newest_result() -> None:
+    root = pathlib.Path(__file__).parents[2]
+    found = sorted((root / "bench" / "results").glob("inference-*.json"))
+    if not found:
+        pytest.skip("no result file of make ttft is in the repository yet")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert readme == replace(readme, load(found[-1])), "run `python -m bench.inference table`"
