@@ -31,6 +31,9 @@ from cascade_aio.tiers.shm import Extent
 COPIES_TRIED_MAX = 2
 """Ranks asked for one block before the next tier is."""
 
+LOOKED_UP_MAX = 4096
+"""Answers of look-ups that are kept for the reads that are likely to follow; beyond, the oldest go."""
+
 FetchWaiter = asyncio.Future[Copy | None]
 """Of a copy, with one hold for the waiter, who ends it by ``Catalog.release`` or ``Fetcher.leave``; ``None``: no
 rank has it."""
@@ -56,6 +59,7 @@ class Fetcher:
         self._catalog = context.catalog
         self._tier = tier
         self._flights: dict[bytes, _Flight] = {}
+        self._looked_up: dict[bytes, list[Listing]] = {}
         self._asked: dict[bytes, list[asyncio.Future[list[Listing]]]] = {}
 
     @property
@@ -68,17 +72,31 @@ class Fetcher:
         return await self._tier.lookup([directory_name(name) for name in names])
 
     async def sizes(self, names: Sequence[bytes]) -> dict[bytes, int]:
-        """Bytes of the record of each of ``names`` that another rank has."""
-        found = zip(names, await self.lookup(names), strict=True)
-        return {name: listings[0].record_bytes for name, listings in found if listings}
+        """Bytes of the record of each of ``names`` that another rank has. A read that follows need not look it up."""
+        found = {name: listings for name, listings in zip(names, await self.lookup(names), strict=True) if listings}
+        looked_up = self._looked_up
+        for name, listings in found.items():
+            looked_up.pop(name, None)
+            looked_up[name] = listings
+        while len(looked_up) > LOOKED_UP_MAX:
+            del looked_up[next(iter(looked_up))]
+        return {name: listings[0].record_bytes for name, listings in found.items()}
 
     async def bring(self, name: bytes, urgency: Urgency, claim: Claim | None) -> Copy | None:
         """The block of ``name`` from another rank, admitted to the catalog and not held; ``None`` if none has it.
 
         Raises ``TierFullError`` without room for it. May be cancelled: what a rank may still write to stays taken.
         """
+        known = self._looked_up.pop(name, None)
+        if known is not None and (copy := await self._bring_one_of(known, name, urgency, claim)) is not None:
+            return copy
+        return await self._bring_one_of(await self._find(name), name, urgency, claim)
+
+    async def _bring_one_of(
+        self, listings: Sequence[Listing], name: bytes, urgency: Urgency, claim: Claim | None
+    ) -> Copy | None:
         context = self._context
-        for listing in (await self._find(name))[:COPIES_TRIED_MAX]:
+        for listing in listings[:COPIES_TRIED_MAX]:
             if listing.record_bytes > context.shm.capacity_bytes:
                 continue
             extent = await context.room.reserve(

@@ -158,6 +158,26 @@ async def test_prefixes_are_found_across_ranks() -> None:
 
 
 @at_once
+async def test_what_was_just_looked_up_is_not_looked_up_again_unless_it_has_gone() -> None:
+    keys = prefix_keys(range(4 * 16), 16, "m")
+    async with Job(3) as stores:
+        for number, key in enumerate(keys):
+            await put(stores[1], f"p{number}", prefix=key)
+        await shown(stores[1])
+        assert (await stores[0].lookup(keys)).blocks == 4
+        asked = remote(stores[0])["looked_up"]
+        assert await check(stores[0], keys[0], "p0") is Tier.REMOTE
+        assert remote(stores[0])["looked_up"] == asked
+        row = stores[1]._context.catalog.index.find_prefix(keys[1])
+        await stores[1].flush()
+        await put(stores[2], "p1", prefix=keys[1])  # another rank has it, too …
+        await shown(stores[2])
+        stores[1]._context.catalog.evict(stores[1]._context.catalog.copies[row])  # … and the one looked up no more
+        assert await check(stores[0], keys[1], "p1") is Tier.REMOTE
+        assert remote(stores[0])["stale"] == 1
+
+
+@at_once
 async def test_a_name_bound_after_the_block_was_shown_is_found_too() -> None:
     first, second = prefix_keys(range(32), 16, "m")
     async with Job(2) as stores:
