@@ -29,7 +29,7 @@ from cascade_aio.daemon.node import Node
 from cascade_aio.daemon.place import OwnedSocket, Peer, peer_of
 from cascade_aio.daemon.session import Session
 from cascade_aio.daemon.settings import ServiceConfig, default_socket, group_id
-from cascade_aio.errors import ProtocolError, TierFullError
+from cascade_aio.errors import ConfigError, ProtocolError, TierFullError
 from cascade_aio.store import open_store
 from cascade_aio.store.context import TaskScope
 from cascade_aio.store.publishing import Publisher
@@ -295,6 +295,8 @@ async def serve(config: StoreConfig, service: ServiceConfig | None = None) -> As
     the store; it raises what that raises.
     """
     service = ServiceConfig() if service is None else service
+    if config.gpu_bytes is not None:
+        raise ConfigError("gpu_bytes: a node service lends no device memory; set it in stores that are embedded")
     config = dataclasses.replace(config, warm_restart=True)
     group = None if service.group is None else group_id(service.group)
     check_shm_dir(config.shm_dir)  # the socket is there, too, and would complain of a lock that nobody has heard of

@@ -301,6 +301,9 @@ class DeviceBlock:
         self._key = self._value = None
         self._parts = []
         self.tier_of_device.exports.settle()
+        if all(array is None for array in arrays):
+            self.desk.release(copy, self.number)
+            return
         survivors = Survivors(copy, self.desk, self.number)
         for array in arrays:
             if array is not None:

@@ -85,7 +85,7 @@ class Devices:
         for ordinal in config.gpu_devices:
             driver = await call_with_undo(None, functools.partial(open_driver, ordinal), lambda driver: driver.close())
             if self._pins is None:
-                self._pins = HostPins(driver, context.shm.memory)
+                self._pins = HostPins(driver, context.shm.memory, ready_bytes=lambda: context.shm.ready_bytes)
             try:
                 tier = await GpuTier.open(driver, config.gpu_bytes, self._pins, context.platform.engine)
             except BaseException:

@@ -14,6 +14,7 @@ import pytest
 import cascade_aio as ca
 from cascade_aio.abc.device import DeviceDriver, DeviceError
 from cascade_aio.config import make_config
+from cascade_aio.daemon.service import serve
 from cascade_aio.errors import (
     BlockNotFoundError,
     BlockTooLargeError,
@@ -104,7 +105,6 @@ async def test_bytes_that_a_consumer_has_overwritten_are_not_demoted(opened: Ope
 
 async def test_no_room_beside_leases(opened: Opener) -> None:
     async with opened(gpu_bytes="1MiB", put_wait_seconds_max=0.2) as store:
-        await store.wait_ready()
         ids = [await store.put(*block_bytes(seed)) for seed in range(2)]
         block = await store.get(ids[0], device=0)
         with pytest.raises(TierFullError, match=r"no room for 580 KiB in the arena of device 0.*1 leases pin"):
@@ -258,6 +258,12 @@ async def test_opening_without_cuda_says_what_is_missing(tmp_path: Path) -> None
         assert not (Path("/dev/shm") / str(config.arena)).exists()
     else:
         pytest.skip("there is a GPU here")
+
+
+async def test_a_service_takes_no_device_memory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lends no device memory"):
+        async with serve(make_config(tmp_path / "kv", **SETTINGS)):
+            pass
 
 
 async def test_several_devices_and_one_of_them_lost(tmp_path: Path) -> None:

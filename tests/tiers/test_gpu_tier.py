@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cascade_aio._native import address_of
 from cascade_aio.abc.device import DeviceError, MemoryCopy
 from cascade_aio.errors import BrokenTierError, TierFullError
 from cascade_aio.io.workers import ByteWorkers
@@ -72,6 +73,18 @@ async def test_registration_is_lazy_and_can_be_completed() -> None:
         assert it.gpu.pinned_bytes == MIB
         await it.pins.register_all()
         assert it.tier.can_copy_now(it.host)
+
+
+async def test_only_what_is_populated_is_registered() -> None:
+    async with rig() as it:
+        ready = [MIB - 4096]
+        pins = HostPins(it.gpu, it.host, ready_bytes=lambda: ready[0], piece_bytes=MIB)
+        assert not await pins.ensure(address_of(it.host), 4096)
+        ready[0] = 2 * MIB
+        assert await pins.ensure(address_of(it.host) + MIB, 4096)
+        assert not await pins.ensure(address_of(it.host) + 2 * MIB - 1, 2)
+        assert pins.statistics() == {"registered_bytes": MIB, "registration": "as needed"}
+        await pins.close()
 
 
 @pytest.mark.parametrize("nbytes", [4096, 2 * MIB])

@@ -15,7 +15,7 @@ import asyncio
 import collections
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cascade_aio._native import address_of
 from cascade_aio.abc.device import DeviceDriver, DeviceError, MemoryCopy
@@ -36,8 +36,18 @@ BUFFERS = 2
 class HostPins:
     """Which pieces of ``memory`` are registered. Loop thread only."""
 
-    def __init__(self, driver: DeviceDriver, memory: memoryview, *, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self,
+        driver: DeviceDriver,
+        memory: memoryview,
+        *,
+        ready_bytes: Callable[[], int] | None = None,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        """``ready_bytes()`` tells how much of ``memory`` has been populated, from its start: only that is registered,
+        because page-locking would populate it in small pages, which stay small."""
         self._driver = driver
+        self._ready_bytes = (lambda: len(memory)) if ready_bytes is None else ready_bytes
         self._memory = memory  # stays mapped while pieces are registered
         self._start = address_of(memory) if len(memory) else 0
         self._end = self._start + len(memory)
@@ -115,6 +125,8 @@ class HostPins:
                 return False
             start = self._start + piece * self._piece_bytes
             nbytes = min(self._piece_bytes, self._end - start)
+            if start + nbytes - self._start > self._ready_bytes():
+                return False
             try:
                 await call_in_thread(None, functools.partial(self._pin, piece, start, nbytes))
             except DeviceError as error:
