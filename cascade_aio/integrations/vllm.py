@@ -183,12 +183,16 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         return LookupResult.MISS
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
-        """By now every worker has mapped vLLM's region: its name goes, so that it cannot outlive the server."""
+        """By now every worker has mapped vLLM's region, as none had to when this tier was made."""
+        self._unname_region()
+        return RequestOffloadingContext()
+
+    def _unname_region(self) -> None:
+        """Without a name vLLM's region ends with its processes, however they end."""
         if self._region_path is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._region_path)
             self._region_path = None
-        return RequestOffloadingContext()
 
     def _name(self, key: OffloadKey) -> PrefixKey:
         return PrefixKey(hashlib.sha256(self._name_root + key).digest())
@@ -331,6 +335,7 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Finish transfers, flush and close. Blocks. Lets go of vLLM's region, which can then be unmapped."""
+        self._unname_region()
         self._polled.close()
         self._rows.release()
 
