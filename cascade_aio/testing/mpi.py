@@ -47,6 +47,9 @@ _LEFTOVERS = re.compile(r"(mpich_sh(m|ar)_|sm_segment\.|osc_sm|vader_segment\.|p
 
 _SHM_DIRECTORY = "/dev/shm"
 
+_CLOCK_SECONDS = 0.1
+"""File times come from a clock of the kernel that lags by some milliseconds."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MpiRuntime:
@@ -85,8 +88,8 @@ class MpiRuntime:
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
             # More ranks than cores: whoever waits gives its core away.
             environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
-            # The wheel's UCX component complains on every rank that it does not apply.
-            environment["OMPI_MCA_osc"] = "^ucx"
+            # One machine: shared memory. Looking for networks takes two seconds a job.
+            environment |= {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm", "OMPI_MCA_osc": "^ucx"}
         return environment
 
 
@@ -210,7 +213,7 @@ def run_ranks(
                 timed_out = _wait(launcher, started + deadline_s)
             finally:
                 killed = _end(launcher, token)
-                _remove_leftovers(started)
+                remove_leftovers(started)
             seconds = time.monotonic() - started
             output.seek(max(output.seek(0, os.SEEK_END) - _OUTPUT_BYTES_MAX, 0))
             said = output.read().decode(errors="replace")
@@ -259,9 +262,9 @@ def _carriers(token: str) -> set[int]:
     return found
 
 
-def _remove_leftovers(started: float) -> None:
-    """Remove what this job's dead ranks left in /dev/shm: made since ``started``, ours, and mapped by nobody."""
-    since = time.time() - (time.monotonic() - started)
+def remove_leftovers(started: float) -> None:
+    """Remove what dead ranks left in /dev/shm: made since ``started`` (``time.monotonic``), ours, mapped by nobody."""
+    since = time.time() - (time.monotonic() - started) - _CLOCK_SECONDS
     candidates = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(_SHM_DIRECTORY):

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Iterator
+import time
+import uuid
 
 import pytest
 
-from cascade_aio.testing.mpi import JobOutcome, MpiRuntime
+from cascade_aio.testing.mpi import JobOutcome, MpiRuntime, remove_leftovers
 from tests.mpi.conftest import RANKS, Launch
 
 pytestmark = pytest.mark.mpi
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays() -> Iterator[None]:
-    before = _shared_memory()
-    yield
-    assert _shared_memory() - before == set()
-
-
-def _shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("mpich_", "sm_segment", "osc_sm"))}
 
 
 def test_ranks_answer_in_order_and_know_each_other(launch: Launch, runtime: MpiRuntime) -> None:
@@ -51,3 +42,26 @@ def test_the_others_outlive_a_killed_rank_if_asked_to(launch: Launch) -> None:
     assert set(outcome.ranks) == {0, 1, 2}, outcome.describe()
     assert outcome.ranks[0].error is None, outcome.describe()
     assert outcome.ranks[0].result == [2, 2, 3, 3]
+
+
+def test_leftovers_go_unless_somebody_maps_them_or_they_are_older_or_not_of_mpi() -> None:
+    started = time.monotonic()
+    token = uuid.uuid4().hex
+    left, mapped, other = (f"/dev/shm/{name}{token}" for name in ("mpich_shm_", "mpich_shar_", "cascade-test-"))
+    try:
+        for path in (left, mapped, other):
+            with open(path, "w+b") as file:
+                file.truncate(4096)
+                if path == mapped:
+                    memory = mmap.mmap(file.fileno(), 4096)
+        remove_leftovers(time.monotonic() + 3600)  # nothing was made after that
+        assert os.path.exists(left)
+        remove_leftovers(started)
+        assert [os.path.exists(path) for path in (left, mapped, other)] == [False, True, True]
+        memory.close()
+        remove_leftovers(started)
+        assert not os.path.exists(mapped)
+    finally:
+        for path in (left, mapped, other):
+            if os.path.exists(path):
+                os.unlink(path)
