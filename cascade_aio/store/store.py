@@ -150,9 +150,9 @@ class Store:
     ) -> GetRequest | GetRequest[DeviceBlock]:
         """A lease on a block: ``async with store.get(h) as block`` or ``block = await store.get(h)``.
 
-        In the arena: no copy, no suspension, microseconds. On disk: one verified read into the arena,
-        shared by all who ask meanwhile. Raises ``BlockNotFoundError`` (unknown, or read later than
-        ``read_seconds_max``), ``ConfigError`` (malformed name), ``CorruptionError`` (damaged record: it is
+        In the arena: no copy, no suspension, microseconds. On disk, or before that in another rank's arena: one
+        verified read into the arena, shared by all who ask meanwhile. Raises ``BlockNotFoundError`` (unknown, or
+        read later than ``read_seconds_max``), ``ConfigError`` (malformed name), ``CorruptionError`` (damaged record: it is
         forgotten, put the block again), ``TierFullError`` (arena full of leases and unwritten blocks),
         ``OSError`` (the disk).
 
@@ -204,7 +204,10 @@ class Store:
         return self._context.devices
 
     def lookup(self, keys: Sequence[PrefixKey]) -> PrefixLookup:
-        """How many leading keys are cached (``len``) and in which tier each. No I/O; does not suspend."""
+        """How many leading keys are cached (``len``) and in which tier each. No I/O; does not suspend.
+
+        With a communicator that is what this rank knows; ``await`` it for what the other ranks have, too.
+        """
         return self._getter.lookup(keys)
 
     def __contains__(self, name: BlockId | PrefixKey | str) -> bool:
@@ -346,7 +349,8 @@ class Store:
         priority: PrefetchPriority = "low",
         deadline_s: float | None = None,
     ) -> PrefetchHandle:
-        """Promote blocks from disk to the arena, first key first. Returns at once; the handle may be dropped.
+        """Promote blocks from disk and other ranks to the arena, first key first. Returns at once; the handle may
+        be dropped.
 
         Room is taken from free memory and from copies that nobody used since this call and that the policy
         would evict next, never from hotter ones; what finds none within ``put_wait_seconds_max`` is given

@@ -273,7 +273,7 @@ class MpiGroup:
         nap_s = _NAP_SECONDS_MIN
         while not self._stopping:
             with self._wake:
-                if not self._incoming:
+                if not self._incoming and not self._stopping:
                     if not self._running:
                         self._wake.wait(IDLE_SECONDS if self._windows.open else None)
                     elif fruitless > _SPINS:
@@ -447,8 +447,8 @@ class MpiGroup:
         self._stopping = self._lost_any
 
     def _stop(self) -> None:
-        self._stopping = True
         with self._wake:
+            self._stopping = True
             self._wake.notify()
 
     def _at_exit(self) -> None:
