@@ -50,7 +50,11 @@ def serve(
     ] = None,
     clients_max: Annotated[int, typer.Option(help="Clients at once.", rich_help_panel=_PANEL)] = _DEFAULTS.clients_max,
     leases_per_client_max: Annotated[
-        int, typer.Option(help="Leases that one client may hold.", rich_help_panel=_PANEL)
+        int,
+        typer.Option(
+            help="Leases by message of one client; those in shared memory are bounded by their bytes.",
+            rich_help_panel=_PANEL,
+        ),
     ] = _DEFAULTS.leases_per_client_max,
     pinned_bytes_per_client_max: Annotated[
         str | None, typer.Option(help="Arena that one client may lease; default: half.", rich_help_panel=_PANEL)
