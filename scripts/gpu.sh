@@ -28,6 +28,9 @@ run() {
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
     export PYTHONPATH="$site" PYTHONUNBUFFERED=1
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.txt"
+    # Containers start with 64 MiB of shared memory; the machine is ours.
+    mount -o remount,size=24G /dev/shm 2>/dev/null || true
+    df -h /dev/shm /tmp
     # The wheel by itself, from elsewhere.
     (cd / && python3 -c "import cascade_aio, sys; print('wheel', cascade_aio.__file__, sys.version.split()[0])")
     # Tests and figures run in the tree, with the wheel's compiled module.

@@ -278,7 +278,7 @@ def _kernel(rig: Rig, bench: Bench, seconds: float) -> Callable[[int], None]:
     done.synchronize()
     times = max(1, round(seconds / (began.elapsed_time(done) / 50 * 1e-3)))
     graph = torch.cuda.CUDAGraph()  # one launch a layer, so that the host is not what is measured
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(times):
             torch.matmul(a, a, out=out)
 

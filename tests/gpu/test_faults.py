@@ -160,6 +160,25 @@ async def test_a_lost_device_leaves_the_store_going(opened: Opener, gpu: FakeGpu
         await store.put(*block_bytes(7))
 
 
+async def test_a_device_out_of_memory_leaves_the_store_going_and_copies_ending(opened: Opener, gpu: FakeGpu) -> None:
+    async with opened() as store:
+        ids = [await store.put(*block_bytes(seed)) for seed in range(2)]
+        gpu.pause()
+        first = asyncio.ensure_future(store.get(ids[0], device=0).__aenter__())
+        async with asyncio.timeout(10):
+            while not gpu.pending:  # noqa: ASYNC110 - nobody tells of it
+                await asyncio.sleep(0.002)
+        gpu.fail_next("copy", code="CUDA_ERROR_OUT_OF_MEMORY", memory=True)
+        with pytest.raises(BrokenTierError, match="OUT_OF_MEMORY"):
+            await store.get(ids[1], device=0)
+        assert "OUT_OF_MEMORY" in str(device(store)["broken"])
+        gpu.resume()
+        with pytest.raises(BrokenTierError):
+            await first
+        async with store.get(ids[0]) as block:
+            assert bytes(block.key) == block_bytes(0)[0]
+
+
 @pytest.mark.parametrize("call", ["copy", "notify", "wait"])
 async def test_a_refused_call_costs_one_get(opened: Opener, gpu: FakeGpu, call: str) -> None:
     async with opened() as store:

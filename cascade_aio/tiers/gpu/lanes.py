@@ -17,7 +17,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 
-from cascade_aio.abc.device import DeviceDriver, DeviceError, MemoryCopy
+from cascade_aio.abc.device import DeviceDriver, DeviceError, DeviceMemoryError, MemoryCopy
 
 WATCH_S = 0.25
 """A device that is lost never wakes us: while something is in flight, the events are asked this often."""
@@ -146,6 +146,8 @@ class Lanes:
             self._events.append(event)
             if error.lost:
                 self.fail(error)
+            elif isinstance(error, DeviceMemoryError):
+                self.refuse(error)
             raise
         self.submissions += 1
         ticket = Ticket(self.submissions, event, on_end)
@@ -183,12 +185,15 @@ class Lanes:
         else:
             self._driver.destroy_event(event)
 
+    def refuse(self, error: DeviceError) -> None:
+        """Nothing new is taken, ``error`` says why; what is in flight ends as it will."""
+        if self.failure is None:
+            self.failure = error
+            self._on_failure(error)
+
     def fail(self, error: DeviceError) -> None:
         """The device cannot be used any more: every ticket ends with ``error``, and so does whatever comes."""
-        if self.failure is not None:
-            return
-        self.failure = error
-        self._on_failure(error)
+        self.refuse(error)
         for lane in self._lanes.values():
             pending, lane.pending = lane.pending, collections.deque()
             for ticket in pending:

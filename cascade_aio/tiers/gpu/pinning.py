@@ -47,7 +47,7 @@ class HostPins:
         """``ready_bytes()`` tells how much of ``memory`` has been populated, from its start: only that is registered,
         because page-locking would populate it in small pages, which stay small."""
         self._driver = driver
-        self._ready_bytes = (lambda: len(memory)) if ready_bytes is None else ready_bytes
+        self._ready_bytes = functools.partial(len, memory) if ready_bytes is None else ready_bytes
         self._memory = memory  # stays mapped while pieces are registered
         self._start = address_of(memory) if len(memory) else 0
         self._end = self._start + len(memory)
@@ -132,8 +132,7 @@ class HostPins:
             except DeviceError as error:
                 self.refused = f"{error}; copies go through two pinned buffers of {STAGING_BYTES} bytes"
                 return False
-            finally:
-                self.registered_bytes = len(self._registered) * self._piece_bytes
+            self.registered_bytes += nbytes
         return True
 
     def _pin(self, piece: int, start: int, nbytes: int) -> None:
