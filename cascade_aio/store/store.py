@@ -152,9 +152,9 @@ class Store:
 
         In the arena: no copy, no suspension, microseconds. On disk, or before that in another rank's arena: one
         verified read into the arena, shared by all who ask meanwhile. Raises ``BlockNotFoundError`` (unknown, or
-        read later than ``read_seconds_max``), ``ConfigError`` (malformed name), ``CorruptionError`` (damaged record: it is
-        forgotten, put the block again), ``TierFullError`` (arena full of leases and unwritten blocks),
-        ``OSError`` (the disk).
+        read later than ``read_seconds_max``), ``ConfigError`` (malformed name), ``CorruptionError`` (damaged
+        record: it is forgotten, put the block again), ``TierFullError`` (arena full of leases and unwritten
+        blocks), ``OSError`` (the disk).
 
         With ``ready="first-bytes"`` the lease is given while the block is still being read, as soon as its
         header and first bytes are verified: ``await block.ready("key", start, stop)`` and ``block.layers(n)``
