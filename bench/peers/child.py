@@ -23,7 +23,7 @@ from bench.peers import conformance
 from bench.peers.protocol import CannotRunError
 from bench.peers.session import Session
 
-VERBS = ("put", "flush", "get", "mix", "contains", "delete", "drop_caches", "replay")
+VERBS = ("put", "flush", "get", "mix", "contains", "delete", "drop_caches", "bound_page_cache", "replay")
 TRACE_CHARS_MAX = 4000
 
 
@@ -45,7 +45,8 @@ class Child:
             return {
                 "description": _plain(dataclasses.asdict(described)),
                 "endpoint": dict(session.peer.endpoint()),
-                "processes": list(session.peer.processes()),
+                "import_s": session.import_s,
+                "opening_s": session.opening_s,
             }
         if verb == "close":
             await self.close()

@@ -106,6 +106,27 @@ def drop_page_cache(files: Sequence[pathlib.Path]) -> None:
             os.close(fd)
 
 
+def bound_page_cache(files: Sequence[pathlib.Path], keep_bytes: int) -> int:
+    """Sync ``files`` and drop what exceeds ``keep_bytes`` from the page cache, what was written first going first.
+
+    As a page cache of that size would have it. Returns the bytes that were dropped.
+    """
+    ordered = sorted(files, key=lambda path: path.stat().st_mtime_ns)
+    excess = max(0, sum(path.stat().st_size for path in ordered) - keep_bytes)
+    left = excess
+    for path in ordered:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            part = min(left, os.fstat(fd).st_size)
+            if part:  # a length of 0 would mean the whole file
+                os.posix_fadvise(fd, 0, part, os.POSIX_FADV_DONTNEED)
+            left -= part
+        finally:
+            os.close(fd)
+    return excess
+
+
 def _resident_pages(fd: int) -> int:
     size = os.fstat(fd).st_size
     if size == 0:

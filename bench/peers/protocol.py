@@ -69,6 +69,8 @@ class Settings:
     """Page-aligned memory in which every block that is put lies (registrable; written to between calls)."""
     target: memoryview
     """Page-aligned memory into which gets are asked to read: registrable, ``into`` always lies in it."""
+    settled: bool = True
+    """Whether ``open`` waits until the system is at its best, its memory touched. A restart is timed without."""
     options: Mapping[str, Scalar] = dataclasses.field(default_factory=dict)
     """What the suite found out for this system, such as the best request size of the raw limit; usually empty."""
     endpoint: Mapping[str, Scalar] | None = None
@@ -133,7 +135,7 @@ class BlockingPeer(_Common):
 
     @abc.abstractmethod
     def open(self, settings: Settings) -> None:
-        """Start or attach, and be ready: memory touched, servers up. Raises ``CannotRunError``."""
+        """Start or attach, and be ready: servers up, with ``settled`` memory touched. Raises ``CannotRunError``."""
 
     @abc.abstractmethod
     def put(self, name: str, data: memoryview) -> None:

@@ -28,6 +28,8 @@ HOT_SHARE_MAX = 0.05
 """… and a hot one no more than this …"""
 HOT_BYTES_MAX = 4 << 20
 """… or this: pages of libraries that are first used now."""
+PAGE_CACHE = "page cache"
+"""``Description.medium`` of systems whose memory tier is the kernel's."""
 QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 
 
@@ -66,6 +68,7 @@ class Session:
         )
         self._target = scratch_memory(self.source.total_bytes)
         self._baseline_bytes = meters.resident_bytes()
+        began_s = driving.clock()
         try:
             self.peer = make_peer(system)
         except (ImportError, OSError) as error:
@@ -73,6 +76,9 @@ class Session:
             if not entries()[system].system.own_environment:
                 raise  # the suite's own environment is whole, or nothing can be measured
             raise CannotRunError(f"cannot be imported in its environment: {error}") from error
+        self.import_s = driving.clock() - began_s
+        """What importing the system took, if this process had not done so before."""
+        self.opening_s = 0.0
         self.settings = Settings(
             folder=pathlib.Path(request["folder"]),
             block_bytes=request["block_bytes"],
@@ -82,6 +88,7 @@ class Session:
             durable=request["durable"],
             source=self.source.view,
             target=self._target,
+            settled=request.get("settled", True),
             options=request.get("options", {}),
             endpoint=request.get("endpoint"),
         )
@@ -89,11 +96,13 @@ class Session:
 
     async def open(self) -> Description:
         """Open the peer; closes what was begun if that fails."""
+        began_s = driving.clock()
         try:
             await driving.call(self.peer, "open", self.settings)
         except BaseException:
             await self.close()
             raise
+        self.opening_s = driving.clock() - began_s
         return self.peer.describe()
 
     async def close(self) -> None:
@@ -188,6 +197,14 @@ class Session:
             raise CannotRunError("keeps nothing on disk")
         meters.drop_page_cache(files)
         return meters.allocated_bytes(files)
+
+    async def bound_page_cache(self) -> int:
+        """Leave in the page cache no more than the memory tier of a system that has no other, and else nothing.
+
+        Without it a system that reads through the page cache would have all of the machine's memory.
+        """
+        keep = self.settings.memory_bytes if self.peer.describe().medium == PAGE_CACHE else 0
+        return meters.bound_page_cache(self.peer.files(), keep)
 
     def room(self, index: int) -> memoryview:
         """Where block ``index`` is to be read into."""

@@ -129,6 +129,7 @@ class Turn:
         memory_bytes: int | None = None,
         in_flight: int | None = None,
         endpoint: Mapping[str, Any] | None = None,
+        settled: bool = True,
     ) -> AsyncIterator[Opened]:
         """The system, open in ``folder``. What is not said is as the load wants it."""
         one, load = client or self.client, self.load
@@ -145,10 +146,11 @@ class Turn:
             content=str(load.content) if load.content else None,
             options=dict(self._options),
             endpoint=endpoint,
+            settled=settled,
         )
         self._describes(told["description"])
         try:
-            yield Opened(one, told["description"]["lacks"], told["endpoint"])
+            yield Opened(one, told["description"]["lacks"], told["endpoint"], told["opening_s"], told["import_s"])
         except CannotRunError:
             await one.ask("close")  # the process goes on; after any other failure it is ended
             raise
@@ -182,6 +184,8 @@ class Opened:
     client: Client
     missing: Mapping[str, str]
     endpoint: Mapping[str, Any]
+    opening_s: float
+    import_s: float
 
     def lacks(self, *features: str) -> str:
         """The reason of the first feature that is lacking; empty if none is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -308,3 +309,16 @@ def test_meters_count_processes_and_say_when_one_is_gone(tmp_path: pathlib.Path)
     file = tmp_path / "file"
     file.write_bytes(bytes(100_000))
     assert meters.allocated_bytes([file]) <= 100_000
+
+
+@pytest.mark.usefixtures("cold_reads")
+def test_a_page_cache_is_bounded_to_what_was_written_last(tmp_path: pathlib.Path) -> None:
+    files = [tmp_path / f"{number}" for number in range(4)]
+    for number, file in enumerate(files):
+        file.write_bytes(os.urandom(1 << 20))
+        os.utime(file, ns=(number, number))
+    assert meters.bound_page_cache(files[::-1], 3 << 19) == 5 << 19
+    before = meters.usage([])
+    assert len(files[0].read_bytes()) == 1 << 20
+    assert meters.usage([]).since(before).read_bytes >= 1 << 20
+    assert meters.bound_page_cache(files, 4 << 20) == 0

@@ -124,7 +124,8 @@ class EmbeddedPeer(_CascadePeer):
             digest="blake3" if self.system == "cascade-blake3" else "sha256",
         )
         self._store = store
-        await store.wait_ready()
+        if settings.settled:
+            await store.wait_ready()
 
     def describe(self) -> Description:
         assert isinstance(self.store, ca.Store)
@@ -171,7 +172,8 @@ class ServicePeer(_CascadePeer):
             self._socket = str(settings.endpoint["socket"])
         store = await ca.connect(self._socket, wait_seconds=START_SECONDS_MAX)
         self._store = store
-        await store.wait_ready()
+        if settings.settled:
+            await store.wait_ready()
         self._server = await store.statistics()
 
     def _start(self) -> None:
