@@ -19,8 +19,9 @@ from rich.console import Console
 from bench.machine import REPOSITORY
 from bench.mpi import costs as costs_module
 from bench.mpi import figures, running, scaling, stress, study
+from bench.mpi import page as measured
 from bench.mpi.cluster import Costs
-from bench.results import BenchError, CannotRunError
+from bench.results import BenchError, CannotRunError, newest
 from cascade_aio.testing.mpi import MpiRuntime, find_runtimes, run_ranks
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -56,6 +57,22 @@ def simulate(
         study.save(out, done)
     except BenchError as error:
         _fail(console, error)
+
+
+@app.command(name="page")
+def measured_page(
+    check: Annotated[bool, typer.Option(help="Change nothing; exit 1 if the page is not in step.")] = False,
+    result: Annotated[
+        pathlib.Path | None, typer.Option(help="Result file; default: the newest remote-20*.json.")
+    ] = None,
+    page: Annotated[pathlib.Path, typer.Option(help="Where to.")] = REPOSITORY / "docs" / "remote-measured.md",
+) -> None:
+    """Write docs/remote-measured.md from a result of `run`."""
+    try:
+        chosen = result or newest(REPOSITORY / "bench" / "results", "remote-20*.json")
+        measured.update(page, running.load(chosen), chosen.name, check=check)
+    except BenchError as error:
+        _fail(Console(stderr=True), error)
 
 
 @app.command(name="scaling-page")

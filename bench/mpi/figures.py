@@ -76,8 +76,9 @@ async def listed(store: ca.Store) -> None:
 
 
 async def put_pinned(store: ca.Store, pool: Pool) -> tuple[list[ca.BlockId], list[ca.Block]]:
-    """Put the pool, listed for others, and leased: what is measured shall not be evicted before it is read."""
+    """Put the pool, written, listed for others and leased: nothing is evicted, or still written, while others read."""
     ids = await put_all(store, pool, 4)
+    await store.flush()
     leases = [block for _, block in await lease_all(store, ids, 4)]
     await listed(store)
     return ids, leases

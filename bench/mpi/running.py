@@ -36,6 +36,8 @@ LOOKUP_MS_MAX = 2.0
 LAG_MS_MAX = 3.0
 ARENA_ROUNDS = 4
 """Rounds of bytes that an arena holds."""
+DISK_BYTES = 4 << 30
+"""Of each rank's segments; what was measured may go."""
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +93,7 @@ async def _measure(ranks: Ranks, setting: Setting, block_bytes: Sequence[int], r
     arena_bytes = ARENA_ROUNDS * max(
         setting.round_bytes, 2 * max(block_bytes), figures.HOT_BLOCKS * figures.HOT_BLOCK_BYTES
     )
-    async with ca.open_store(root, comm=ranks.world, shm_bytes=arena_bytes) as store:
+    async with ca.open_store(root, comm=ranks.world, shm_bytes=arena_bytes, disk_bytes=DISK_BYTES) as store:
         await store.wait_ready()
         await ranks.meet()
 
@@ -193,7 +195,13 @@ def _pair_figure(nbytes: int, at_once: int, taken: PairTaken) -> Figure:
         value=found.median,
         target=RATIO_MIN.get(nbytes),
         ratios=found,
-        details={"get_gb_per_s": rates, "raw_gb_per_s": raw, "order": taken.order},
+        details={
+            "block_bytes": nbytes,
+            "at_once": at_once,
+            "get_gb_per_s": rates,
+            "raw_gb_per_s": raw,
+            "order": taken.order,
+        },
     )
 
 

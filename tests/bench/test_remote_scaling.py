@@ -105,3 +105,10 @@ def test_the_page_in_docs_is_that_of_the_result_file() -> None:
     if not study.RESULT.exists():
         pytest.skip("no result of `python -m bench mpi scaling` is in the repository yet")
     study.update(study.PAGE, study.load(study.RESULT), check=True)
+
+
+def test_the_measured_page_in_docs_is_that_of_the_newest_result() -> None:
+    if not list(study.RESULT.parent.glob("remote-20*.json")):
+        pytest.skip("no result of `python -m bench mpi run` is in the repository yet")
+    done = CliRunner().invoke(app, ["mpi", "page", "--check"])
+    assert done.exit_code == 0, done.output

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.mpi import running
+from bench.mpi import page, running
+from bench.results import BenchError
 from bench.suite import results
 from tests.mpi.conftest import RANKS, Launch
 
@@ -34,3 +35,11 @@ def test_a_quick_run_gathers_all_ranks_into_one_result_file(launch: Launch, tmp_
     assert all(row.clients == RANKS for row in file.rows)
     assert all(figure.samples for figure in file.figures)
     assert results.load(out).rows == file.rows  # the report of the comparison reads it as its own
+
+    written = tmp_path / "page.md"
+    page.update(written, file, out.name, check=False)
+    page.update(written, file, out.name, check=True)
+    assert "All ranks share this machine" in written.read_text()
+    written.write_text(written.read_text().replace("met", "missed").replace("shown", "met"))
+    with pytest.raises(BenchError, match="bench mpi page"):
+        page.update(written, file, out.name, check=True)
