@@ -44,7 +44,7 @@ console = Console(stderr=True)
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Errors of the suite as one line and an exit code; Ctrl-C and SIGTERM as 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except (BenchError, CascadeError) as error:
@@ -53,6 +53,8 @@ def told() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("bench: stopped; what was finished is kept, the same command goes on from there")
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_systems(

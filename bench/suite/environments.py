@@ -99,7 +99,10 @@ def _missing_packages(text: str) -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=INSTALL_SECONDS_MAX)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=INSTALL_SECONDS_MAX)
+    except subprocess.TimeoutExpired as error:
+        raise BenchError(f"{' '.join(command[1:5])} … took longer than {INSTALL_SECONDS_MAX:.0f} s") from error
     if done.returncode != 0:
         last = "\n".join((done.stderr or done.stdout).splitlines()[-OUTPUT_LINES_SHOWN:])
         raise BenchError(f"{' '.join(command[1:5])} … failed:\n{last}")

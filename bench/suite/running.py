@@ -105,6 +105,8 @@ def check(plan: Plan) -> None:
             raise BenchError(f"there is no {what} {', '.join(unknown) or '(none given)'}; there are {', '.join(known)}")
     if plan.in_flight < 1 or plan.repeats < 1:
         raise BenchError("at least one operation in flight and one repetition are needed")
+    if not 0 <= plan.seed < 1 << 64:
+        raise BenchError(f"seed {plan.seed} must be between 0 and 2**64 - 1")
     for size in plan.block_bytes:
         if size % 8192 or not 8192 <= size <= WINDOW_BYTES_MAX // 2:
             raise BenchError(f"a block of {size} bytes is no multiple of 8 KiB up to 512 MiB")
@@ -257,8 +259,8 @@ class _Runner:
                 python = interpreter(name)
                 async with Client.started(name, python, self._folder) as client:
                     while todo:
-                        job = todo.pop(0)
-                        await self._job(system, client, python, job, repeat, turn)
+                        await self._job(system, client, python, todo[0], repeat, turn)
+                        todo.pop(0)
                         results.save(self._out, self._result)
                         advance()
             except CannotRunError as error:
@@ -267,7 +269,7 @@ class _Runner:
                     advance()
                 todo = []
             except SystemFailedError as error:
-                self._missing(job, name, str(error), failed=True)
+                self._missing(todo.pop(0), name, str(error), failed=True)
                 advance()
             results.save(self._out, self._result)
 

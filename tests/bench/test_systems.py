@@ -168,6 +168,7 @@ def test_a_system_that_goes_wrong_voids_its_rows_and_nobody_elses(
         ({"block_bytes": (1 << 30,)}, "up to 512 MiB"),
         ({"blocks": 1 << 40}, "MiB of memory and .* are free: fewer --blocks"),
         ({"repeats": 0}, "at least one"),
+        ({"seed": -1}, "seed -1 must be"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: pathlib.Path, changes: dict[str, object], message: str) -> None:
