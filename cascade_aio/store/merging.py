@@ -92,7 +92,8 @@ class CatalogMerger:
             return self._block(fact)
         if isinstance(fact, BindingFact):
             self.hearsay |= fact.provisional
-            self.names.claim(Name(fact.block_id, fact.key, fact.parent, fact.stamp))
+            name = Name(fact.block_id, fact.key, fact.parent, fact.stamp)
+            self.names.claim(name, provisional=fact.provisional)
         elif isinstance(fact, TombstoneFact):
             self.hearsay |= fact.provisional
             self.bury(fact.block_id, fact.stamp)

@@ -43,23 +43,29 @@ class NameKeeper:
         self.index = index
         self.is_live: Callable[[bytes, int], bool] = lambda block_id, stamp: True
         """Whether no deletion covers a claim of this stamp."""
-        self._waiting: dict[bytes, list[Name]] = {}
+        self.doubtful: set[bytes] = set()
+        """Names whose claim is not known to be durable: it may vanish with its writer, though the block does not."""
+        self._waiting: dict[bytes, list[tuple[Name, bool]]] = {}
         self._waiting_count = 0
         self._rivals: dict[bytes, dict[bytes, Name]] = {}
         self.rivals_count = 0
 
-    def claim(self, name: Name) -> None:
-        """``name`` was heard of. Raises ``TierFullError`` at the limit of prefix keys, and changes nothing then."""
+    def claim(self, name: Name, *, provisional: bool = False) -> None:
+        """``name`` was heard of; ``provisional``: its record may come to nothing.
+
+        Raises ``TierFullError`` at the limit of prefix keys, and changes nothing then.
+        """
         if not self.is_live(name.block_id, name.stamp):
             return
         index = self.index
         row = index.find(name.block_id)
         if row < 0:
-            self._wait(name)
+            self._wait(name, provisional)
             return
         held = index.binding(name.key)
         if held is None or held[0] == row:
-            index.bind(name.key, row, name.parent, name.stamp)
+            if index.bind(name.key, row, name.parent, name.stamp) or not provisional:
+                self._doubt(name.key, provisional)
             if self._rivals and name.key in self._rivals:
                 self._forget(name.key, name.block_id)
                 self._settle_rivalry(name.key)
@@ -67,14 +73,21 @@ class NameKeeper:
         holder = Name(index.block_id(held[0]), name.key, held[1], held[2])
         if _precedence(name) < _precedence(holder) and name.block_id not in self._rivals.get(name.key, ()):
             self._replace(holder, held[0], name)
+            self._doubt(name.key, provisional)
         else:
             self._remember(name)
 
+    def _doubt(self, key: bytes, provisional: bool) -> None:
+        if provisional:
+            self.doubtful.add(key)
+        elif self.doubtful:
+            self.doubtful.discard(key)
+
     def appeared(self, block_id: bytes) -> None:
         """The block is in the index now: what waited for it is claimed."""
-        for name in self._waiting.pop(block_id, ()):
+        for name, provisional in self._waiting.pop(block_id, ()):
             self._waiting_count -= 1
-            self.claim(name)
+            self.claim(name, provisional=provisional)
 
     def settle(self) -> None:
         """The look is over: the blocks that claims still wait for are not there."""
@@ -105,9 +118,9 @@ class NameKeeper:
 
     # -- waiting and losing -----------------------------------------------------------------------
 
-    def _wait(self, name: Name) -> None:
+    def _wait(self, name: Name, provisional: bool) -> None:
         if self._waiting_count < WAITING_NAMES_MAX:
-            self._waiting.setdefault(name.block_id, []).append(name)
+            self._waiting.setdefault(name.block_id, []).append((name, provisional))
             self._waiting_count += 1
 
     def _remember(self, name: Name) -> None:
@@ -159,11 +172,13 @@ class NameKeeper:
             self._remember(winner)
 
     def _take(self, name: Name) -> bool:
-        """Bind a key that names nothing; ``False`` if there is no room for its parent."""
+        """Bind a key that names nothing; ``False`` if there is no room for its parent. Whether the claim is durable is
+        not remembered."""
         try:
             self.index.bind(name.key, self.index.find(name.block_id), name.parent, name.stamp)
         except TierFullError:
             return False
+        self.doubtful.add(name.key)
         return True
 
 

@@ -116,6 +116,12 @@ class Putter:
             if copy is None:
                 return None
             self._context.append_unless_durable(copy)
+        names = self._catalog.names
+        if prefix in names.doubtful:  # the block is there to stay, and its name may not be: we say it, too
+            names.doubtful.discard(prefix)
+            held = index.binding(prefix)
+            assert held is not None, "it names the block"
+            self._context.append_binding(index.block_id(row), prefix, held[1], held[2])
         self._context.counters.puts_bound += 1
         return self._catalog.index.block_id(row)
 

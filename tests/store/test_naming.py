@@ -154,6 +154,31 @@ def test_a_block_put_under_the_name_of_one_that_was_never_finished_gets_the_name
     run(story)
 
 
+def test_a_put_under_a_name_that_was_only_heard_makes_it_durable() -> None:
+    """Seed 60365: the block was durable elsewhere, so the put was answered as bound, and flushed; the name was not."""
+
+    async def story() -> None:
+        world = World()
+        store = await world.open()
+        block_id = await store.put(b"key", pseudo_bytes("value", 20_000))
+        await store.flush()
+        heard = BindingFact(Location(segment_of(store, 9), 1, 1), block_id, NAME, OTHER, 7, True)
+        stamp = store._context.catalog.index.stamp(store._context.catalog.index.find(block_id))
+        store._context.merger.apply(heard._replace(stamp=stamp))
+        assert await store.put(b"key", pseudo_bytes("value", 20_000), prefix=NAME, parent=OTHER) == block_id
+        await store.flush()
+        notes = store._context.disk.writer.statistics.notes
+        await store.put(b"key", pseudo_bytes("value", 20_000), prefix=NAME, parent=OTHER)
+        assert store._context.disk.writer.statistics.notes == notes, "once"
+        await world.crash()
+        store = await world.open()
+        assert await name_of(store) == block_id
+        assert store._context.catalog.index.bindings(store._context.catalog.index.find(block_id)) == [(NAME, OTHER)]
+        await store.aclose()
+
+    run(story)
+
+
 @pytest.mark.parametrize("moved", [True, False])
 def test_compaction_keeps_the_name_of_a_block_that_lost_it_to_another(moved: bool) -> None:
     """The other may be deleted, or never become durable. ``moved``: its record is copied, too, or it is elsewhere."""
