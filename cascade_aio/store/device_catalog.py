@@ -15,6 +15,7 @@ import asyncio
 import collections
 import warnings
 from collections.abc import Callable
+from copy import copy as copied
 
 from cascade_aio.abc.eviction import EvictionPolicy
 from cascade_aio.core.index import BlockIndex
@@ -107,7 +108,7 @@ class DeviceCopy:
         """Return once these bytes are enqueued. Raises what the promotion failed with. May be cancelled."""
         while not self.has(start, stop):
             if self._failure is not None:
-                raise self._failure
+                raise copied(self._failure)  # each its own: a traceback keeps the frames of whoever it passed
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:

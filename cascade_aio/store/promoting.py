@@ -12,6 +12,7 @@ a stream waits for the bytes. The source is held until the host has seen the end
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from copy import copy as copied
 from typing import TYPE_CHECKING, NamedTuple
@@ -126,6 +127,7 @@ class Promoter:
         if promotion is None:
             promotion = self._promotions[name] = _Promotion(layered=early)
             promotion.task = self._context.tasks.spawn(self._run(name, promotion), name=f"cascade-promote-{name}")
+            promotion.task.add_done_callback(functools.partial(self._ended, name, promotion))
         else:
             self.single_flight_joins += 1
         waiter: Waiter = self._context.loop.create_future()
@@ -157,8 +159,7 @@ class Promoter:
         try:
             copy = await self._bring(name, promotion)
         except asyncio.CancelledError:
-            self._settle(name, promotion, ClosedError("the store was closed while the block was being promoted"))
-            raise
+            raise  # ``_ended`` tells, also for a task that never began
         except (CascadeError, OSError) as error:
             self._settle(name, promotion, error)
         except BaseException as error:
@@ -166,6 +167,11 @@ class Promoter:
             raise
         else:
             self._settle(name, promotion, copy)
+
+    def _ended(self, name: BlockId, promotion: _Promotion, task: asyncio.Task[None]) -> None:
+        """A task that was cancelled, perhaps before its first step, has told nobody."""
+        if task.cancelled():
+            self._settle(name, promotion, ClosedError("the store was closed while the block was being promoted"))
 
     def _settle(self, name: BlockId, promotion: _Promotion, outcome: DeviceCopy | Exception) -> None:
         if self._promotions.get(name) is promotion:

@@ -249,6 +249,38 @@ async def test_closed_while_a_copy_is_on_its_way(opened: Opener, gpu: FakeGpu) -
             await task
 
 
+@pytest.mark.parametrize("turns", range(4))
+async def test_closed_in_the_turn_of_a_get(opened: Opener, turns: int) -> None:
+    async with opened(FakeGpu()) as store:
+        block_id = await store.put(*block_bytes(1))
+    async with opened() as store:
+        task = asyncio.ensure_future(store.get(block_id, device=0).__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await store.aclose()
+        with pytest.raises(ClosedError):
+            await task
+
+
+async def test_an_early_lease_is_told_that_no_more_comes(opened: Opener, gpu: FakeGpu) -> None:
+    key, value = block_bytes(1, 3 * MIB, 3 * MIB)
+    async with opened(FakeGpu()) as store:
+        block_id = await store.put(key, value)
+    async with opened() as store:
+        user = gpu.create_stream()
+        block = await store.get(block_id, device=0, stream=user, ready="first-bytes")
+        if not block.complete:
+            gpu.fail_next("copy")
+            with pytest.raises(DeviceError, match="refused"):
+                await block.ready()
+        block.release()
+        async with store.get(block_id, device=0, stream=user) as whole:
+            kernel = gpu.launch(user, reads=[(whole.key.pointer, len(key)), (whole.value.pointer, len(value))])
+        await gpu.idle()
+        assert kernel.seen == [key, value]
+        gpu.destroy_stream(user)
+
+
 async def test_a_lease_outlives_its_store(opened: Opener, gpu: FakeGpu) -> None:
     async with opened() as store:
         block_id = await store.put(*block_bytes(1))
