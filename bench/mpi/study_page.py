@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bench.mpi import scaling
 from bench.mpi.scaling import Point, Size, Study
+from cascade_aio.core.remote_directory import REPLICAS_MAX
 
 
 def render(study: Study) -> str:
@@ -143,7 +144,7 @@ def _bends(study: Study) -> str:
 * **Hot prompts.** Even load stays even ({uneven(even, last):.1f} times the mean at the busiest of {last:,} nodes). With Zipf's
   weights the busiest node serves {uneven(skewed, last):.1f} times the mean at {last:,} nodes ({uneven(skewed, first):.1f} at
   {first}); if readers' copies were not listed it would be {uneven(unshared, last):.1f}. Demand for the hottest prompt grows
-  with the nodes, listed copies are at most five, and whoever has looked a prompt up reads all of it from the copies
+  with the nodes, listed copies are at most {REPLICAS_MAX}, and whoever has looked a prompt up reads all of it from the copies
   that it saw.
 * **Churn.** Where every read evicts, {_share(of[churn, last])} of the reads at {last:,} nodes find their copy gone
   ({_share(of[churn, first])} at {first}): an entry lives until its owner's withdrawal has travelled, and a prompt's lookup is as
