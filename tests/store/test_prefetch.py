@@ -147,7 +147,7 @@ def test_prefix_keys_and_wrong_names() -> None:
         with pytest.raises(ConfigError, match="priority"):
             store.prefetch(keys, priority="urgent")  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="ready"):
-            store.get(keys[0], ready="soon")  # type: ignore[arg-type]
+            store.get(keys[0], ready="soon")  # type: ignore[call-overload]
         with pytest.raises(ConfigError, match="window_bytes"):
             store.stream(keys, window_bytes=0)
         await end(world, store)
