@@ -128,6 +128,7 @@ async def _returns_bytes(session: Session, request: Mapping[str, Any]) -> None:
     for stamp, in_flight in ((0, 1), (1, IN_FLIGHT)):
         await session.put([stamp], session.source.count, in_flight, flush=False)
         await _same(session, stamp, in_flight)
+        await _same(session, stamp, in_flight)
     await _same(session, 0)
     _require(all(await session.contains(0, range(session.source.count))), "contains() does not see what was put")
 

@@ -71,6 +71,7 @@ async def replay(session: Session, measure: Measure, requests: Sequence[Sequence
             lookup_s += driving.clock() - began
         rooms = [Job(one.name(block), session.room(slot)) for slot, block in enumerate(blocks[:length])]
         if rooms:
+            session.spoil(length)
             with session.counted(measure):
                 ran = await driving.get_all(session.peer, rooms, min(in_flight, len(rooms)))
             get_s += ran.ended_s - ran.began_s

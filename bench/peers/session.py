@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 from bench.data import scratch_memory
 from bench.peers import driving, meters, replaying
@@ -139,6 +142,7 @@ class Session:
         for stamp in stamps:
             self.source.stamp(stamp)
             jobs = [Job(self.source.name(stamp, index), self.room(index)) for index in range(count)]
+            self.spoil(count)
             async with contextlib.AsyncExitStack() as held:
                 with self.counted(measure):
                     if via == "lease":
@@ -168,6 +172,7 @@ class Session:
                 index = reads[number - done_writes]
                 jobs.append((False, Job(self.source.name(stamp, index), self.room(number))))
                 taken.append(index)
+        self.spoil(len(jobs))
         with self.counted(measure):
             ran = await driving.mix(self.peer, jobs, in_flight)
         self.add(measure, ran, len(jobs))
@@ -209,6 +214,10 @@ class Session:
     def room(self, index: int) -> memoryview:
         """Where block ``index`` is to be read into."""
         return self._target[index * self.source.block_bytes : (index + 1) * self.source.block_bytes]
+
+    def spoil(self, count: int) -> None:
+        """Change a byte in every page of the first ``count`` rooms: what an earlier get left there is no answer."""
+        np.frombuffer(self._target, np.uint8)[: count * self.source.block_bytes : mmap.PAGESIZE] ^= 0xFF
 
     def _start(self) -> Measure:
         self._latency_s = []

@@ -136,6 +136,20 @@ class PretendsToFlush(MemoryPeer):
         pass
 
 
+class DeliversOnce(MemoryPeer):
+    """Trusts that what it delivered is still where it put it."""
+
+    def __init__(self, system: str) -> None:
+        super().__init__(system)
+        self.delivered: set[str] = set()
+
+    def get(self, name: str, into: memoryview) -> memoryview | bytes:
+        if name not in self.delivered:
+            self.delivered.add(name)
+            into[:] = self.blocks[name]
+        return into
+
+
 class SaysNothing(MemoryPeer):
     def describe(self) -> Description:
         return Description(version="", module="tests", tuning="none", lacks=super().describe().lacks)
@@ -171,6 +185,7 @@ async def test_a_right_peer_passes(tmp_path: pathlib.Path, monkeypatch: pytest.M
     [
         (KeepsTheCallersMemory, "keeps its own copy"),
         (FlipsOneBit, "returns bytes"),
+        (DeliversOnce, "returns bytes"),
         (InventsBlocks, "knows misses"),
         (ForgetsToDelete, "deletes"),
         (PretendsToFlush, "reads cold"),
