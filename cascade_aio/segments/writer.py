@@ -718,10 +718,10 @@ class SegmentWriter:
 
     def _settle(self, segment: ActiveSegment, settled: Sequence[Placed]) -> None:
         entry = segment.entry
-        self.statistics.durable_records += len(settled)
         for placed in settled:
             if not placed.appends:
-                continue
+                continue  # a mark
+            self.statistics.durable_records += 1
             self._pending.settle(placed.appends)
             record = placed.appends[0].record
             if record is not None:
