@@ -49,6 +49,7 @@ class FileHandles:
         self._handles_max = handles_max
         self._handles: collections.OrderedDict[int, _Handle] = collections.OrderedDict()
         self._gone: set[int] = set()
+        self._closing: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
 
     def __len__(self) -> int:
@@ -87,6 +88,8 @@ class FileHandles:
         """Close every file. Readers must be gone."""
         while self._handles:
             await self._drop(next(iter(self._handles)))
+        while self._closing:
+            await asyncio.wait(list(self._closing))
 
     async def _borrow(self, number: int, path: str) -> _Handle:
         while (handle := self._handles.get(number)) is None:
@@ -128,8 +131,21 @@ class FileHandles:
         return True
 
     async def _drop(self, number: int) -> None:
+        """Close a file. Cancelled, it is closed all the same, and ``aclose`` waits for that."""
         handle = self._handles.pop(number)
         self._idle.set()  # room, as good as an idle file
-        (file,) = await asyncio.gather(handle.file, return_exceptions=True)
-        if not isinstance(file, BaseException):
-            await file.close()
+        closing = asyncio.ensure_future(_close(handle))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closed)
+        await asyncio.shield(closing)
+
+    def _closed(self, closing: asyncio.Task[None]) -> None:
+        self._closing.discard(closing)
+        if not closing.cancelled():
+            closing.exception()  # whoever was not cancelled is told
+
+
+async def _close(handle: _Handle) -> None:
+    await asyncio.wait((handle.file,))
+    if not handle.file.cancelled() and handle.file.exception() is None:
+        await handle.file.result().close()

@@ -91,3 +91,30 @@ async def test_the_bound_follows_the_limit_of_the_process() -> None:
             pass
     assert len(handles) == 10 < HANDLES_MAX
     await handles.aclose()
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_file_whose_closing_is_cancelled_is_closed_all_the_same(turns: int) -> None:
+    """A compaction that was cut short: the file was being opened, forgotten, and left open for good."""
+    storage = await make_storage()
+    handles = FileHandles(storage)
+
+    async def use() -> None:
+        async with handles.opened(0, "/kv/0"):
+            await asyncio.sleep(1)
+
+    async def forget() -> None:
+        await handles.forget(0)
+
+    using = asyncio.create_task(use())
+    await asyncio.sleep(0)
+    using.cancel()
+    await asyncio.wait((using,))
+    forgetting = asyncio.create_task(forget())
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    forgetting.cancel()
+    await asyncio.wait((forgetting,))
+    await handles.aclose()
+    assert not storage.open_files
+    assert not len(handles)
