@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bench.report.claims import Verdict, verdicts
 from bench.report.parts import MAIN_WORKLOADS, Line, Part, Table, tables
+from bench.samples import median
 from bench.suite.results import NotRun, Row, SuiteFile, SystemInfo
 from bench.table import number_text, size_text
 
@@ -41,7 +42,7 @@ def how(result: SuiteFile) -> str:
     return (
         f"Measured {result.timestamp[:10]} (job {result.job_id}), kernel {result.kernel}, {result.host['cores']} cores "
         f"({result.cpu}), {result.host['memory_bytes'] / (1 << 30):.0f} GiB, {result.file_system} on "
-        f"{result.host['device']}, {result.environment.nodes} node, {result.environment.total_ranks} rank; cascade_aio "
+        f"{result.host['device']}, {_count(result.environment.nodes, 'node')}, {_count(result.environment.total_ranks, 'rank')}; cascade_aio "
         f"{result.versions.get('cascade_aio', '?')} (commit {result.commit[:12]}{dirty}). Data: {config.data}, seed "
         f"{config.seed}, {config.in_flight} in flight. Medians (with range) of {_range_text(repeats)} repetitions, "
         f"systems in random order; {result.verified_bytes / 1e9:.0f} GB compared byte by byte; {cold}. "
@@ -85,7 +86,7 @@ def table_lines(table: Table, *, brief: bool = False) -> list[str]:
         front = [line.title, *([line.medium] if with_medium else [])]
         lines.append("| " + " | ".join(_safe(cell) for cell in [*front, *_cells(table, line, brief)]) + " |")
     unit = f"{table.column.unit}, {table.column.better} is better"
-    cost = "" if brief or table.column.unit != "GB/s" else "; CPU s/GB and peak MiB behind"
+    cost = "" if brief else "; behind it CPU seconds per GB and peak MiB"
     return [*lines, "", f"{_capital(unit)}{cost}; the best system of each column in bold."]
 
 
@@ -105,12 +106,15 @@ def _cell(cell: Row | NotRun | None, best: float | None, most_blocks: int, brief
     if isinstance(cell, NotRun):
         return f"{'failed' if cell.failed else 'not run'}: {cell.reason}"
     summary = cell.summary
-    median = number_text(summary.median)
-    text = f"**{median}**" if not is_limit and summary.median == best else median
+    shown = number_text(summary.median)
+    text = f"**{shown}**" if not is_limit and summary.median == best else shown
     if not brief:
         text += f" ({number_text(summary.minimum)}–{number_text(summary.maximum)})"
         if cell.cpu_s_per_gb is not None:
             text += f"; {number_text(cell.cpu_s_per_gb.median)}; {cell.peak_bytes / _MIB:.0f}"
+        for name in dict.fromkeys(name for sample in cell.samples for name in sample.extra):
+            value = median([sample.extra[name] for sample in cell.samples if name in sample.extra])
+            text += f"; {name.replace('_', ' ')} {number_text(value)}"
     return text if cell.blocks == most_blocks else f"{text}, {cell.blocks} blocks"
 
 
@@ -141,6 +145,10 @@ def _safe(cell: str) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _range_text(counts: Sequence[int]) -> str:

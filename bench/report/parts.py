@@ -21,7 +21,7 @@ from bench.table import size_text
 LIMIT = "limit-"
 """How the names of the systems begin that are no systems but what the machine can do at best."""
 MAIN_WORKLOADS = ("write", "hot", "cold")
-_SET_UP = ("commit", "dirty", "versions", "host", "kernel", "file_system", "cpu")
+_SET_UP = ("environment", "commit", "dirty", "versions", "host", "kernel", "file_system", "cpu")
 _SET_UP_CONFIG = ("in_flight", "seed", "data", "page_cache_dropped")
 
 
@@ -69,7 +69,9 @@ class Table:
 
     @property
     def title(self) -> str:
-        return f"{self.workload}: {self.column.title}" + (f", {self.what}" if self.what else "")
+        title = self.column.title
+        named = title if title.startswith(self.workload) else f"{self.workload}: {title}"
+        return f"{named}, {self.what}" if self.what else named
 
     def best(self, position: int) -> float | None:
         """The best median of a system (not of a limit) under head ``position``."""

@@ -140,6 +140,16 @@ def test_markdown_prints_winners_losers_and_what_did_not_run(measured: SuiteFile
         assert not line.startswith("|") or line.endswith("|"), line
 
 
+def test_what_a_workload_tells_beside_its_value_is_printed(measured: SuiteFile) -> None:
+    one = msgspec.structs.replace(_sample(0, 3.0, 1.0, latencies=False), extra={"hit_rate_blocks": 0.25})
+    add_sample(measured, ("trace", "trace_stall", "cascade", MIB, ""), one, blocks=10, in_flight=8)
+    (table,) = tables(measured, ["trace"])
+    assert table.title.startswith("trace: time")
+    assert "| Cascade (embedded) | **3.00** (3.00–3.00); 1.00; 64; hit rate blocks 0.25 |" in markdown.table_lines(
+        table
+    )
+
+
 def test_every_line_of_a_table_has_as_many_cells_as_its_head(measured: SuiteFile) -> None:
     for brief in (False, True):
         for table in tables(measured):
@@ -189,12 +199,13 @@ def test_files_of_one_set_up_lie_together_and_others_apart(
     more = start(environment, measured.test_config, ["again"])
     _add(more, ("restart", "restart", "cascade", MIB, ""), [0.1, 0.2, 0.3])
     save(tmp_path / "systems-2.json", more)
-    other = msgspec.structs.replace(more, kernel="7.0")
-    save(tmp_path / "systems-3.json", other)
-    together, apart = load_parts([tmp_path / f"systems-{number}.json" for number in (1, 2, 3)])
+    save(tmp_path / "systems-3.json", msgspec.structs.replace(more, kernel="7.0"))
+    save(tmp_path / "systems-4.json", msgspec.structs.replace(more, environment=suite.Cluster(nodes=4, total_ranks=16)))
+    together, apart, ranks = load_parts([tmp_path / f"systems-{number}.json" for number in (1, 2, 3, 4)])
     assert together.names == ("systems-1.json", "systems-2.json")
     assert {row.workload for row in together.result.rows} >= {"write", "restart"}
-    assert apart.names == ("systems-3.json",)
+    assert (apart.names, ranks.names) == (("systems-3.json",), ("systems-4.json",))
+    assert "4 nodes, 16 ranks" in markdown.how(ranks.result)
     with pytest.raises(BenchError, match="both have restart"):
         load_parts([tmp_path / "systems-2.json", tmp_path / "systems-2.json"])
 
