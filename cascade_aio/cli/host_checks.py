@@ -157,7 +157,7 @@ def check_gpu() -> Finding:
     tool = shutil.which("nvidia-smi")
     package = importlib.util.find_spec("cuda") is not None
     if tool is None:
-        return Finding("gpu", "note", "no NVIDIA driver found", "the gpu tier is planned; nothing is lost today")
+        return Finding("gpu", "note", "no NVIDIA driver found", "stores with gpu_bytes cannot be opened here")
     try:
         query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=TOOL_SECONDS_MAX, check=False)
@@ -168,7 +168,7 @@ def check_gpu() -> Finding:
         return Finding("gpu", "note", f"nvidia-smi: {' '.join(reason)}", "no usable GPU", "look at dmesg")
     found = "; ".join(answer.stdout.strip().splitlines()) + f"; cuda-python {'found' if package else 'missing'}"
     cure = "" if package else "pip install 'cascade_aio[gpu]'"
-    return Finding("gpu", "ok" if package else "note", found, "for the gpu tier, which is planned", cure)
+    return Finding("gpu", "ok" if package else "note", found, "for stores with gpu_bytes", cure)
 
 
 def check_mpi() -> Finding:
