@@ -19,16 +19,25 @@ DEADLINE_SECONDS = 60.0
 
 
 @functools.cache
-def _runtimes() -> tuple[dict[str, MpiRuntime], str]:
-    return find_runtimes()
+def _runtime(name: str) -> tuple[MpiRuntime | None, str]:
+    """The runtime, or why there is none: not installed, or it cannot work on this machine."""
+    runtimes, reason = find_runtimes()
+    if name not in runtimes:
+        return None, reason
+    tried = run_ranks(
+        runtimes[name], 2, "tests.mpi.jobs:read_each_other", deadline_s=DEADLINE_SECONDS, path=[str(ROOT)]
+    )
+    if tried.timed_out or {rank: one.result for rank, one in tried.ranks.items()} != {0: 1, 1: 0}:
+        return None, f"{runtimes[name].version} does not work on this machine: {tried.describe()[-2000:]}"
+    return runtimes[name], ""
 
 
 @pytest.fixture(params=["openmpi", "mpich"])
 def runtime(request: pytest.FixtureRequest) -> MpiRuntime:
-    runtimes, reason = _runtimes()
-    if request.param not in runtimes:
+    found, reason = _runtime(request.param)
+    if found is None:
         pytest.skip(reason)
-    return runtimes[request.param]
+    return found
 
 
 Launch = Callable[..., JobOutcome]
