@@ -31,7 +31,7 @@ def render(parts: Sequence[Part], figures: Sequence[Figures]) -> str:
 
 def how(result: SuiteFile) -> str:
     """One paragraph: where, when, how often, how fairly."""
-    config = result.test_config
+    config, cluster = result.test_config, result.environment
     repeats = sorted({len(row.samples) for row in result.rows})
     dirty = " with uncommitted changes" if result.dirty else ""
     cold = (
@@ -42,11 +42,11 @@ def how(result: SuiteFile) -> str:
     return (
         f"Measured {result.timestamp[:10]} (job {result.job_id}), kernel {result.kernel}, {result.host['cores']} cores "
         f"({result.cpu}), {result.host['memory_bytes'] / (1 << 30):.0f} GiB, {result.file_system} on "
-        f"{result.host['device']}, {_count(result.environment.nodes, 'node')}, {_count(result.environment.total_ranks, 'rank')}; cascade_aio "
+        f"{result.host['device']}, {_count(cluster.nodes, 'node')}, {_count(cluster.total_ranks, 'rank')}; cascade_aio "
         f"{result.versions.get('cascade_aio', '?')} (commit {result.commit[:12]}{dirty}). Data: {config.data}, seed "
         f"{config.seed}, {config.in_flight} in flight. Medians (with range) of {_range_text(repeats)} repetitions, "
         f"systems in random order; {result.verified_bytes / 1e9:.0f} GB compared byte by byte; {cold}. "
-        "A miss or a wrong byte ends the run. CPU seconds are of clients and servers together."
+        "A miss or a wrong byte voids a row. CPU seconds are of clients and servers together."
     )
 
 
