@@ -264,19 +264,22 @@ class DeviceSource:
         self._device.tier.check()
         catalog, promoter = self._device.catalog, self._device.promoter
         rows = self._cached_rows(keys)
+        ids = [self._context.catalog.index.block_id(row) for row in rows]
         tiers = [self._tier_of(row) for row in rows]
-        promoter.start_now([row for row in rows if row not in catalog.copies])
         pending: list[tuple[BlockId, DeviceCopy | Waiter]] = []
         blocks: list[DeviceBlock] = []
-        held: list[DeviceCopy] = []
+        held = [catalog.copies[row] for row in rows if row in catalog.copies]
+        for copy in held:  # room for the others is not made at their cost
+            catalog.hold(copy)
         try:
-            for row in rows:
-                copy, block_id = catalog.copies.get(row), self._context.catalog.index.block_id(row)
-                if copy is not None:
-                    catalog.hold(copy)
-                    held.append(copy)
-                pending.append((block_id, promoter.join(block_id, early=False) if copy is None else copy))
-            await self._collect(pending, tiers, blocks, held)
+            promoter.start_now([row for row in rows if row not in catalog.copies])
+            for row, block_id in zip(rows, ids, strict=True):
+                here = catalog.copies.get(row)
+                if here is not None:
+                    catalog.hold(here)
+                    held.append(here)
+                pending.append((block_id, promoter.join(block_id, early=False) if here is None else here))
+            await self._collect(pending, tiers, blocks)
         except BaseException:
             for block in blocks:
                 block.release()
@@ -294,7 +297,6 @@ class DeviceSource:
         pending: Sequence[tuple[BlockId, DeviceCopy | Waiter]],
         tiers: Sequence[Tier],
         blocks: list[DeviceBlock],
-        held: list[DeviceCopy],
     ) -> None:
         """Move what arrives, in order, from ``pending`` to ``blocks``; stop at the first that does not."""
         last: Ticket | None = None

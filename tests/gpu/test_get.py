@@ -131,6 +131,24 @@ async def test_a_prefix_is_one_call_of_the_driver(opened: Opener, gpu: FakeGpu) 
         gpu.destroy_stream(user)
 
 
+async def test_a_prefix_makes_no_room_at_its_own_cost(opened: Opener, gpu: FakeGpu) -> None:
+    """Room for four of six blocks; the first two are there already, and stay."""
+    keys = ca.prefix_keys(range(6), block_tokens=1)
+    async with opened(gpu_bytes="1MiB") as store:
+        for number, prefix in enumerate(keys):
+            await store.put(*block_bytes(number, 120_000, 120_000), prefix=prefix)
+        async with store.get_prefix(keys[4:], device=0), store.get_prefix(keys[:2], device=0):
+            pass
+        promoted = store.statistics()["gpu"]["devices"][0]["promoted_blocks"]
+        async with store.get_prefix(keys, device=0) as leases:
+            assert [block.tier for block in leases] == ["gpu", "gpu", *["shm"] * (len(leases) - 2)]
+            assert len(leases) in (3, 4)
+            for number, block in enumerate(leases):
+                assert np.from_dlpack(block.key).tobytes() == block_bytes(number, 120_000, 120_000)[0]
+            counted = store.statistics()["gpu"]["devices"][0]["promoted_blocks"]
+            assert counted == promoted + len(leases) - 2
+
+
 async def test_released_memory_is_not_reused_while_a_kernel_may_read_it(opened: Opener, gpu: FakeGpu) -> None:
     """Room for two blocks: the third takes the first one's place, whose reader has not run yet."""
     blocks = [block_bytes(seed, 500_000, 500_000) for seed in range(6)]
