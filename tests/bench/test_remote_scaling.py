@@ -112,3 +112,17 @@ def test_the_measured_page_in_docs_is_that_of_the_newest_result() -> None:
         pytest.skip("no result of `python -m bench mpi run` is in the repository yet")
     done = CliRunner().invoke(app, ["mpi", "page", "--check"])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("command", ["launch", "stress"])
+def test_an_mpi_that_is_not_here_is_named(command: str) -> None:
+    done = CliRunner().invoke(app, ["mpi", command, "--mpi", "another"])
+    assert done.exit_code == 1
+    assert "another" in done.output
+    assert "is not here" in " ".join(done.output.split())
+
+
+def test_quick_numbers_need_a_file_of_their_own() -> None:
+    done = CliRunner().invoke(app, ["mpi", "run", "--quick"])
+    assert done.exit_code == 1
+    assert "--quick needs --out" in " ".join(done.output.split())
