@@ -29,8 +29,8 @@ from cascade_aio.segments.buffers import page_buffer
 from cascade_aio.segments.facts import BindingFact, TombstoneFact
 from cascade_aio.segments.footer import FooterTables
 from cascade_aio.segments.layout import CHECKPOINT_FILE
-from cascade_aio.segments.recovery import empty_notes
 from cascade_aio.segments.scan import Gap, scan_records, unreadable_reason
+from cascade_aio.segments.segment_recovery import empty_notes
 from cascade_aio.segments.table import SegmentEntry
 from cascade_aio.store.context import StoreContext
 from cascade_aio.store.merging import LostSegment
