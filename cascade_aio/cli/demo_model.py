@@ -48,16 +48,25 @@ def play(root: str, lengths: tuple[int, ...]) -> list[ModelRow]:
 
     Raises ``UsageError`` where torch or transformers are missing, ``CascadeError`` for a half that failed.
     """
+    made_root = not os.path.isdir(root)
     os.makedirs(root, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="cascade-demo-", dir=root) as directory:
-        place = os.path.join(directory, "root")
-        computed = _half("save", place, lengths)
-        drop_segments(place)
-        loaded = _half("load", place, lengths)
+    try:
+        computed, loaded = _halves(root, lengths)
+    finally:
+        if made_root:
+            os.rmdir(root)
     return [
         ModelRow(tokens, new.loaded, old.first_token_s, new.first_token_s, old.tokens == new.tokens)
         for tokens, old, new in zip(lengths, computed, loaded, strict=True)
     ]
+
+
+def _halves(root: str, lengths: tuple[int, ...]) -> tuple[list[Answer], list[Answer]]:
+    with tempfile.TemporaryDirectory(prefix="cascade-demo-", dir=root) as directory:
+        place = os.path.join(directory, "root")
+        computed = _half("save", place, lengths)
+        drop_segments(place)
+        return computed, _half("load", place, lengths)
 
 
 def print_rows(rows: list[ModelRow]) -> None:
