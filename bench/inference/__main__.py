@@ -48,6 +48,7 @@ def main() -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if not arguments.vllm and not arguments.lmcache:
         raise results.BenchError("nothing to measure: give --vllm PYTHON or --lmcache PYTHON, or use `make ttft`")
+    versions = {**_versions(arguments.lmcache), **_versions(arguments.vllm)}  # first: it finds wrong interpreters
     parts: list[Part] = []
     problems: list[str] = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -65,7 +66,6 @@ def _run(arguments: argparse.Namespace) -> int:
             more, wrong = lmcache_ways.measure(arguments.lmcache, folder, runs=arguments.runs, say=say)
             parts += more
             problems += wrong
-    versions = {**_versions(arguments.lmcache), **_versions(arguments.vllm)}
     now = datetime.datetime.now(datetime.UTC)
     command = f"make ttft RUNS={arguments.runs}"
     result = Result(FORMAT, now.isoformat(timespec="seconds"), command, environment, versions, parts)
@@ -87,13 +87,18 @@ def _versions(python: str | None) -> dict[str, str]:
         "    try: print(name, m.version(name))\n"
         "    except m.PackageNotFoundError: pass\n"
     )
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise results.BenchError(f"{python} cannot be run ({error.strerror}); use `make ttft`") from error
     if done.returncode:
         raise results.BenchError(f"{python} does not run ({done.stderr.strip()[-200:]})")
     return dict(line.split(" ", 1) for line in done.stdout.splitlines())
 
 
 def _table(*, check: bool) -> int:
+    if not list(FOLDER.glob(GLOB)):
+        raise results.BenchError(f"there is no {GLOB} in {FOLDER.name}/: `make ttft` writes one")
     text = README.read_text(encoding="utf-8")
     wanted = replace(text, load(results.newest(FOLDER, GLOB)))
     if check and wanted != text:
