@@ -35,7 +35,11 @@ def report(
         if not paths and section is None:
             raise BenchError(f"there is no {PATTERN} in bench/results: run `python -m bench run --systems …` first")
         parts = load_parts(paths)
-        for path, text in _texts(parts, out, section).items():
+        texts = _texts(parts, out, section)
+        if with_figures and not check:
+            for part in parts:
+                figures.draw(part, out / FIGURES, _stem(part))
+        for path, text in texts.items():
             if not check:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
@@ -43,9 +47,6 @@ def report(
                 raise BenchError(
                     f"{path.name} is not in step with the result files: run `python -m bench report` again"
                 )
-        if with_figures and not check:
-            for part in parts:
-                figures.draw(part, out / FIGURES, _stem(part))
     except CannotRunError as error:
         console.print(f"bench: {error}; or --no-figures", markup=False, highlight=False)
         raise typer.Exit(1) from error
