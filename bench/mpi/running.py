@@ -22,7 +22,7 @@ from bench.machine import describe
 from bench.mpi import figures
 from bench.mpi.figures import AllTaken, PairTaken, Setting
 from bench.mpi.ranks import Ranks
-from bench.results import BenchError
+from bench.results import BenchError, CannotRunError
 from bench.samples import Spread, quantile, spread
 from bench.suite import results
 from bench.suite.results import Cluster, NotRun, Sample, SuiteFile, SystemInfo, TestConfig
@@ -73,6 +73,8 @@ async def run(
 ) -> RemoteFile | None:
     """Measure everything; collective. The file on rank 0, ``None`` on others. ``scratch`` must be shared by all."""
     ranks = Ranks()
+    if ranks.size < 2:
+        raise CannotRunError("one rank has nobody to read from: mpiexec -n 4 python -m bench mpi run, or launch -n 4 run")
     root = ranks.comm.bcast(tempfile.mkdtemp(prefix="cascade-mpi-", dir=scratch) if ranks.rank == 0 else None)
     try:
         found = await _measure(ranks, setting, block_bytes, root)
