@@ -67,6 +67,7 @@ class Sharer:
         self._leaving: collections.deque[Placed] = collections.deque()
         self._wake = asyncio.Event()
         self._moved = False
+        self._listing_now = self._taking_out_now = 0
         self._others: tuple[Callable[[bytes, int], None] | None, Callable[[bytes, int], None] | None] = (None, None)
 
     def start(self) -> None:
@@ -155,9 +156,15 @@ class Sharer:
                     self._moved = False
                     await self._look_where_names_belong()
                 if self._leaving:
-                    await self._tier.withdraw(_taken(self._leaving))
+                    leaving = _taken(self._leaving)
+                    self._taking_out_now = len(leaving)
+                    await self._tier.withdraw(leaving)
+                    self._taking_out_now = 0
                 if self._queue:
-                    await self._publish(_taken(self._queue))
+                    batch = _taken(self._queue)
+                    self._listing_now = len(batch)
+                    await self._publish(batch)
+                    self._listing_now = 0
 
     async def _publish(self, batch: list[_Entry]) -> None:
         for entry in batch:
@@ -188,8 +195,12 @@ class Sharer:
             await asyncio.sleep(0)
 
     def statistics(self) -> dict[str, object]:
-        """Counts, JSON-ready."""
-        return {"shown_blocks": len(self._shown), "to_list": len(self._queue), "to_take_out": len(self._leaving)}
+        """Counts, JSON-ready. ``to_list`` and ``to_take_out``: names not yet told, those being told included."""
+        return {
+            "shown_blocks": len(self._shown),
+            "to_list": len(self._queue) + self._listing_now,
+            "to_take_out": len(self._leaving) + self._taking_out_now,
+        }
 
 
 def _taken(queue: collections.deque[_T]) -> list[_T]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import random
 import signal
 import time
 import warnings
@@ -20,6 +21,9 @@ from cascade_aio.testing.world import pseudo_bytes
 SETTINGS: dict[str, Any] = {"shm_bytes": 8 << 20, "segment_bytes": 8 << 20, "stripe": "off", "adopt_seconds": None}
 
 STEP_SECONDS = 0.01
+
+READS_MIN = 20
+"""Of other ranks' arenas while they change: a rank that was given little time goes on until it has so many."""
 
 
 async def together() -> None:
@@ -102,11 +106,12 @@ async def arenas_change_under_readers(root: str, seconds: float) -> dict[str, An
         async def read(reader: int) -> None:
             nonlocal reads, wrong
             turn = reader
-            while time.monotonic() < end_s:
+            chance = random.Random(reader)
+            while time.monotonic() < end_s or remote(store)["reads"] < READS_MIN:
                 turn += 1
                 other = (rank + 1 + turn % (size - 1)) % size
                 # Nobody tells how far the others are: they write at much the same pace, so ask around our own.
-                number = max(0, written - 8 + turn % 16)
+                number = max(0, written - 8 + turn % 16) if turn % 4 else chance.randrange(2 * written + 16)
                 try:
                     await check(store, f"{other}-{number}", 200_000 + 1000 * (number % 7))
                     reads += 1

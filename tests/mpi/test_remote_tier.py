@@ -28,7 +28,7 @@ def test_extents_reused_while_others_read_them_never_give_a_wrong_byte(launch: L
     results = outcome.results(RANKS)
     assert sum(result["wrong"] for result in results) == 0
     assert sum(result["torn"] for result in results) == 0
-    assert sum(result["reads"] for result in results) > 0
+    assert min(result["reads"] for result in results) >= 20
 
 
 def test_a_rank_may_close_before_the_others(launch: Launch, tmp_path: Path) -> None:

@@ -80,7 +80,6 @@ async def shown(store: Store) -> None:
         if not any(sharing.sharer.statistics()[what] for what in ("to_list", "to_take_out")):
             break
         await asyncio.sleep(0.01)
-    await asyncio.sleep(0.1)  # the last batch
 
 
 async def put(store: Store, seed: str, nbytes: int = 40 * KIB, prefix: PrefixKey | None = None) -> BlockId:
