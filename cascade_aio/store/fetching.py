@@ -18,7 +18,7 @@ from copy import copy as copied
 from cascade_aio.abc.storage import PAGE_BYTES, Priority, Urgency
 from cascade_aio.core.remote_directory import Listing
 from cascade_aio.errors import CascadeError, ClosedError, DigestConflictError, InternalError, TierFullError
-from cascade_aio.model import PREFIX_KEY_BYTES
+from cascade_aio.model import BLOCK_ID_BYTES, PREFIX_KEY_BYTES
 from cascade_aio.segments.format import RecordHeader
 from cascade_aio.store.catalog import Copy
 from cascade_aio.store.context import StoreContext
@@ -97,6 +97,8 @@ class Fetcher:
     ) -> Copy | None:
         context = self._context
         for listing in listings[:COPIES_TRIED_MAX]:
+            if len(name) == BLOCK_ID_BYTES and listing.block_id != name:
+                continue  # an id names one block: whatever else an entry says is wrong
             if listing.record_bytes > context.shm.capacity_bytes:
                 continue
             extent = await context.room.reserve(

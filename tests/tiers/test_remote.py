@@ -336,6 +336,22 @@ async def test_bytes_that_are_not_the_blocks_are_refused_even_if_the_generation_
         assert await check(stores[0], block_id, "a") is Tier.DISK
 
 
+@at_once
+async def test_an_entry_that_gives_an_id_to_another_block_is_not_believed() -> None:
+    async with Job(2) as stores:
+        block_id = await put(stores[1], "a")
+        await shown(stores[1])
+        first, second = (store._context.sharing for store in stores)
+        assert first is not None
+        assert second is not None
+        (listings,) = await first.fetcher.lookup([block_id])
+        other = BlockId(bytes(range(16)))
+        await second.tier.publish([listings[0]._replace(name=other)])
+        assert await stores[0].contains(other)  # a hint
+        with pytest.raises(BlockNotFoundError):
+            await stores[0].get(other)
+
+
 # -- ranks that go --------------------------------------------------------------------------------
 
 
