@@ -101,6 +101,8 @@ def run(
     console = Console(stderr=True)
     if quick and out is None:
         _fail(console, BenchError("--quick needs --out: its numbers do not belong beside real ones"))
+    if not directory.is_dir():
+        _fail(console, BenchError(f"--dir {directory} is no folder; name one that all ranks share"))
     setting = figures.QUICK if quick else figures.FULL
     if repeats is not None:
         setting = dataclasses.replace(setting, repeats=repeats)

@@ -74,7 +74,9 @@ async def run(
     """Measure everything; collective. The file on rank 0, ``None`` on others. ``scratch`` must be shared by all."""
     ranks = Ranks()
     if ranks.size < 2:
-        raise CannotRunError("one rank has nobody to read from: mpiexec -n 4 python -m bench mpi run, or launch -n 4 run")
+        raise CannotRunError(
+            "one rank has nobody to read from: mpiexec -n 4 python -m bench mpi run, or launch -n 4 run"
+        )
     root = ranks.comm.bcast(tempfile.mkdtemp(prefix="cascade-mpi-", dir=scratch) if ranks.rank == 0 else None)
     try:
         found = await _measure(ranks, setting, block_bytes, root)
