@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -68,7 +69,7 @@ def at_once(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         in_virtual_time(test(**arguments))  # type: ignore[arg-type]
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
-    run.__signature__ = __import__("inspect").signature(test)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.signature(test)  # type: ignore[attr-defined]
     return run
 
 
