@@ -153,9 +153,9 @@ def _faults(simulation: Mapping[str, Any] | None, crash: Mapping[str, Any] | Non
         rows.append((f"real: {words}", _number(count), _met(kind, crash["total"])))
     note = (
         "\n\n*Absorbed*: no call ended with an error for it (retried, written elsewhere, served from memory, of no "
-        "consequence). Damage of the medium is met by the records that it hits: reported with their place, or never met "
-        "again (dead, overwritten, removed). Simulated faults are those of single calls and pages; real ones are those of "
-        "whole file systems."
+        "consequence). Damage of the medium is met by the records that it hits: reported with their place, or never "
+        "met again (dead, overwritten, removed). Simulated faults are those of single calls and pages; real ones are "
+        "those of whole file systems."
     )
     return _table(("fault", "times", "met by"), rows) + note
 
