@@ -41,6 +41,8 @@ class Injuries:
     found: list[Injury] = dataclasses.field(default_factory=list)
     paths: set[str] = dataclasses.field(default_factory=set)
     """Files that were damaged anywhere, also between records."""
+    count: int = 0
+    """How often the medium was damaged, whatever it hit."""
     _unnamed: dict[str, list[tuple[str, set[int]]]] = dataclasses.field(default_factory=dict)
     """By path: damaged pages in which no record was known. A record is written in pieces, its header perhaps last."""
 
@@ -49,6 +51,7 @@ class Injuries:
 
     def add(self, disk: MemoryDisk, what: str, path: str, offset: int, nbytes: int) -> list[Injury]:
         """These bytes were damaged just now; the records that they hit."""
+        self.count += 1
         self.paths.add(path)
         if path not in disk.files:
             return []

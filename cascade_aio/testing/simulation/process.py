@@ -267,7 +267,7 @@ class Process:
 
         make_platform()
         world.log("repair", self.slot, life.number)
-        faults = self.read_faults, self.write_faults
+        faults = self._faults()
         task = self.spawn(repair_root(config, make_platform=make_platform))
         await asyncio.wait((task,), timeout=give_up_s)
         if not task.done():
@@ -282,14 +282,18 @@ class Process:
         if task.cancelled():
             world.log("repair cut short", self.slot)
         elif (error := task.exception()) is not None:
-            trouble = faults != (self.read_faults, self.write_faults) or self.recent(*WEATHER, within_s=STUCK_S[1])
+            trouble = faults != self._faults() or self.recent(*WEATHER, within_s=STUCK_S[1])
             if not isinstance(error, OSError | CascadeError) or not (trouble or world.short_of_space):
                 raise BrokenPromise(2, f"process {self.slot} cannot repair its root: {error!r}") from error
             world.met("error to the caller", self)
         else:
             world.log("repaired", self.slot, *self._judged(task.result(), faults))
 
-    def _judged(self, report: RepairReport, faults: tuple[int, int]) -> tuple[int, ...]:
+    def _faults(self) -> tuple[int, ...]:
+        """How often reads and writes of this process failed, and the medium was damaged (a write that never came)."""
+        return self.read_faults, self.write_faults, self.world.injuries.count
+
+    def _judged(self, report: RepairReport, faults: tuple[int, ...]) -> tuple[int, ...]:
         """What it reports as lost was damaged, and where nobody was in its way nothing wrong is left."""
         world = self.world
         numbers = number_of()
@@ -301,7 +305,7 @@ class Process:
                 raise BrokenPromise(2, f"repair says that block {number} is lost, which nothing has damaged")
             world.oracle.give_up(number)
         alone = all(other.store is None and not other.opening for other in world.processes)
-        fine = faults == (self.read_faults, self.write_faults) and "no-space" not in world.plan.faults
+        fine = faults == self._faults() and "no-space" not in world.plan.faults
         if alone and fine and not world.plan.shared and not report.clean:
             raise BrokenPromise(2, f"repaired, and not clean: {report.left}, {report.remaining}")
         return len(report.quarantined), len(report.lost_blocks), len(report.left)
