@@ -11,10 +11,16 @@ import pytest
 
 import cascade_aio as ca
 from cascade_aio.abc.storage import PAGE_BYTES
-from tests.faults.harness import Known, make_block, open_at, put, walk
+from cascade_aio.segments import format as fmt
+from tests.faults.harness import Known, Record, make_block, open_at, put, walk
 
 BLOCKS = tuple(make_block(seed, 100_000, 50_000 * seed) for seed in range(1, 5))
 """The first is flushed; of the others, the second is torn."""
+
+
+def blocks_of(segment: Path) -> list[Record]:
+    """Its records but for marks."""
+    return [record for record in walk(segment) if record.header.kind == fmt.BLOCK]
 
 
 async def killed_root(place: Path, torn: str) -> Path:
@@ -27,8 +33,10 @@ async def killed_root(place: Path, torn: str) -> Path:
         await store.flush()
         shutil.copytree(place / "kv", place / "killed")
     (segment,) = (place / "killed").glob("writers/*/*.seg")
-    second = walk(segment)[1]
+    _, second, _, last = blocks_of(segment)
     with segment.open("r+b") as file:
+        file.seek(last.header.end)
+        file.write(bytes(PAGE_BYTES))  # the mark by which the flush said that it had ended
         start = second.header.offset + (0 if torn == "header and payload" else 3 * PAGE_BYTES)
         file.seek(start)
         file.write(bytes(8 * PAGE_BYTES))
@@ -100,7 +108,7 @@ async def test_an_end_that_was_cut_off_by_the_adopter(tmp_path: Path) -> None:
     """The last record is torn: the adopter's footer takes its place, and the file may end before it did."""
     root = await killed_root(tmp_path, "payload")
     (segment,) = root.glob("writers/*/*.seg")
-    last = walk(segment)[-1]
+    last = blocks_of(segment)[-1]
     with segment.open("r+b") as file:
         file.seek(last.header.end - 2 * PAGE_BYTES)
         file.write(bytes(PAGE_BYTES))
