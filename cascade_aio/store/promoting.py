@@ -211,6 +211,8 @@ class Promoter:
             copy.chunk_crcs, copy.meta = host.chunk_crcs, host.meta
             self._devices.admit(copy, row)
         except BaseException as error:
+            if self._promotions.get(name) is promotion:
+                del self._promotions[name]  # whoever asks again once told of the failure starts afresh
             copy.fail(ClosedError("the promotion was cancelled") if not isinstance(error, Exception) else error)
             await _ended(tickets)
             self._devices.release(copy)

@@ -120,7 +120,7 @@ class FakeGpu:
         self.closed = False
         self._random = random.Random(seed)
         self._delay_s_max = delay_s_max
-        self._failures: dict[str, list[DeviceError]] = collections.defaultdict(list)
+        self._failures: dict[str, list[DeviceError | None]] = collections.defaultdict(list)
         self._memory: dict[int, memoryview] = {}
         self._pinned: dict[int, int] = {} if beside is None else beside._pinned
         self._shares = beside is not None
@@ -145,9 +145,12 @@ class FakeGpu:
         for queue in self._streams.values():
             queue.clear()
 
-    def fail_next(self, call: str, *, code: str = "CUDA_ERROR_INVALID_VALUE", memory: bool = False) -> None:
-        """The next ``call`` (a method's name) is refused; the device stays."""
+    def fail_next(
+        self, call: str, *, after: int = 0, code: str = "CUDA_ERROR_INVALID_VALUE", memory: bool = False
+    ) -> None:
+        """The next ``call`` (a method's name) ``after`` so many more that go well is refused; the device stays."""
         kind = DeviceMemoryError if memory else DeviceError
+        self._failures[call] += [None] * after
         self._failures[call].append(kind(f"{call} was refused: {code}", code=code))
 
     def pause(self) -> None:
@@ -328,7 +331,9 @@ class FakeGpu:
     def _enter(self, call: str, *, even_lost: bool = False) -> None:
         self.calls[call] += 1
         if self._failures[call]:
-            raise self._failures[call].pop(0)
+            failure = self._failures[call].pop(0)
+            if failure is not None:
+                raise failure
         if self.lost and not even_lost:
             raise DeviceError(f"device {self.ordinal} is lost", code="CUDA_ERROR_DEVICE_UNAVAILABLE", lost=True)
 

@@ -268,11 +268,10 @@ async def test_an_early_lease_is_told_that_no_more_comes(opened: Opener, gpu: Fa
         block_id = await store.put(key, value)
     async with opened() as store:
         user = gpu.create_stream()
+        gpu.fail_next("copy", after=1)
         block = await store.get(block_id, device=0, stream=user, ready="first-bytes")
-        if not block.complete:
-            gpu.fail_next("copy")
-            with pytest.raises(DeviceError, match="refused"):
-                await block.ready()
+        with pytest.raises(DeviceError, match="refused"):
+            await block.ready()
         block.release()
         async with store.get(block_id, device=0, stream=user) as whole:
             kernel = gpu.launch(user, reads=[(whole.key.pointer, len(key)), (whole.value.pointer, len(value))])
