@@ -43,8 +43,9 @@ console = Console(stderr=True)
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Errors of the suite as one line and an exit code; Ctrl-C and SIGTERM as 130."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Errors of the suite as one line and an exit code; Ctrl-C and SIGTERM as 130 (even where a shell, starting us in
+    the background, had SIGINT ignored)."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except (BenchError, CascadeError) as error:
@@ -54,7 +55,8 @@ def told() -> Iterator[None]:
         console.print("bench: stopped; what was finished is kept, the same command goes on from there")
         raise typer.Exit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_systems(
