@@ -99,6 +99,14 @@ install_mpi() {
     done
 }
 
+# For tests of the benchmark suite: peers that install in seconds, each in an environment below .cache. At will, as above.
+install_peers() {
+    peers=hdf5
+    command -v redis-server >/dev/null 2>&1 && peers="$peers redis"
+    .venv/bin/python -m bench install $peers >>"$LOG" 2>&1 ||
+        say "not all of these peers could be installed: $peers; their tests will be skipped (log: $LOG)"
+}
+
 mkdir -p build
 if command -v flock >/dev/null 2>&1; then # two makes at once: one waits
     exec 9>build/setup.lock
@@ -120,6 +128,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 logged .venv/bin/python -m pip install "scikit-build-core>=0.10" "cffi>=2.1" "cmake>=3.26" "ninja>=1.11"
 logged .venv/bin/python -m pip install --no-build-isolation -e ".[$EXTRAS]"
 logged .venv/bin/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("cascade_aio._native._cascade") is None)'
-case ",$EXTRAS," in *,dev,*) install_mpi ;; esac
+case ",$EXTRAS," in *,dev,*)
+    install_mpi
+    install_peers
+    ;;
+esac
 printf '%s\n' "$wanted" >"$STAMP"
 say "done"
