@@ -125,11 +125,14 @@ class SegmentRecovery:
                 problem = None
             if written:
                 async for fact in self._records(file, size, end, adopt=adopt, search_bytes=search_bytes):
-                    if problem is not None and start == 0:
+                    unread = isinstance(fact, DamageFact) and fact.unreadable
+                    if problem is not None and start == 0 and not unread:
                         yield problem  # a torn header alone is a creation cut short; below records it is damage
                         problem = None
                     if _offset_of(fact) >= start:
                         yield fact
+        if problem is not None and start == 0 and self._known_end is not None:
+            self._known_end = 0  # what is below the header could not be read: the next look judges
         if self._known_end is not None:
             entry.scanned_bytes = min(entry.scanned_bytes, self._known_end)
         elif adopt and not entry.sealed and self._sealable:

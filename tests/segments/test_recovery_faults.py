@@ -86,6 +86,26 @@ async def test_a_storm_of_read_errors_at_opening_changes_no_segment(sealed_sessi
     assert process.recovery.report.sealed == 1
 
 
+@pytest.mark.parametrize("empty", [True, False])
+async def test_a_header_of_zeros_is_no_damage_while_what_follows_cannot_be_read(empty: bool) -> None:
+    """A creation that a kill cut short looks the same (seed 3530): the next look that can read tells."""
+    storage, _ = await crashed(count=1)
+    ((path, content),) = bytes_of(storage).items()
+    storage.disk.poke(path, 0, bytes(len(content) if empty else PAGE_BYTES))
+    process = await start(again := MemoryStorage(storage.disk))
+    again.hooks.append(failing(lambda operation: operation.name == "read" and operation.offset > 0))
+    told = damages(await process.facts())
+    assert told
+    assert all(fact.unreadable for fact in told)
+    await process.table.aclose()
+    process.claim.release()
+    process = await start(MemoryStorage(storage.disk))
+    told = damages(await process.facts())
+    assert [fact.reason for fact in told] == ([] if empty else ["no segment header, only zeros"])
+    await process.table.aclose()
+    process.claim.release()
+
+
 async def test_each_single_read_error_at_opening_loses_nothing() -> None:
     """The n-th read of a segment fails, for every n, whatever it was for."""
     for sealed_sessions in (0, 1):
