@@ -26,8 +26,8 @@ from cascade_aio.errors import CorruptionError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.active import seal_file
 from cascade_aio.segments.buffers import page_buffer
-from cascade_aio.segments.facts import BindingFact, TombstoneFact
-from cascade_aio.segments.footer import FooterTables
+from cascade_aio.segments.facts import BindingFact, Fact, TombstoneFact
+from cascade_aio.segments.footer import FooterTables, record_facts
 from cascade_aio.segments.layout import CHECKPOINT_FILE
 from cascade_aio.segments.scan import Gap, scan_records, unreadable_reason
 from cascade_aio.segments.segment_recovery import empty_notes
@@ -296,32 +296,38 @@ class _Repair:
             await file.close()
 
     async def _save_notes(self, found: Examination) -> None:
-        """Write again what the footer says of names and deletions in the damaged ranges."""
-        context = self._context
+        """Write again what is known of names and deletions in the damaged ranges."""
         ranges = [(offset, offset + nbytes) for offset, nbytes, _, _ in found.wrong if offset]
         if not ranges:
             return
-        saved = 0
+        saved = False
         try:
-            async for fact in context.recovery.facts_of(found.entry.number):
-                if not isinstance(fact, BindingFact | TombstoneFact):
-                    continue
-                place = fact.location.page * PAGE_BYTES
-                if not any(start <= place < end for start, end in ranges):
-                    continue
-                saved += 1
-                if isinstance(fact, BindingFact):
-                    context.disk.append_binding(fact.block_id, fact.key, fact.parent, fact.stamp)
-                else:
-                    context.disk.append_tombstone(fact.block_id, fact.stamp)
-        except CorruptionError:
-            # The footer is damaged as well: names and deletions that stood only in these records are gone.
-            self.left.append(
-                f"{found.entry.path}: the footer is damaged, too; deletions noted in the damaged records cannot be "
-                "restored: blocks that were deleted may come back"
-            )
+            async for fact in self._context.recovery.facts_of(found.entry.number):
+                place = fact.location.page * PAGE_BYTES if isinstance(fact, BindingFact | TombstoneFact) else 0
+                if any(start <= place < end for start, end in ranges):
+                    saved |= self._save(fact)
+        except CorruptionError:  # the footer is damaged as well: what sound headers say is left
+            for offset, _, _, header in found.wrong:
+                if header is not None:
+                    for fact in record_facts(header, found.entry.number, provisional=False):
+                        saved |= self._save(fact)
+                elif 0 < offset < found.entry.data_end:
+                    self.left.append(
+                        f"{found.entry.path}: the footer is damaged, too; deletions noted in the damaged record at "
+                        f"offset {offset} cannot be restored: blocks that were deleted may come back"
+                    )
         if saved:
-            await context.disk.flush()
+            await self._context.disk.flush()
+
+    def _save(self, fact: Fact) -> bool:
+        """Whether it is a name or a deletion."""
+        if isinstance(fact, BindingFact):
+            self._context.disk.append_binding(fact.block_id, fact.key, fact.parent, fact.stamp)
+        elif isinstance(fact, TombstoneFact):
+            self._context.disk.append_tombstone(fact.block_id, fact.stamp)
+        else:
+            return False
+        return True
 
     async def _fill(self, found: Examination) -> None:
         """Empty notes in place of what is wrong, then a footer that says so."""

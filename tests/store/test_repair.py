@@ -89,11 +89,28 @@ def test_damaged_payloads_are_set_aside_and_named() -> None:
         (lambda disk, directory, segment: disk.poke(segment, PAGE_BYTES, b"x" * (5 * RECORD_BYTES)), 4),
         (lambda disk, directory, segment: zero(disk, segment, disk.files[segment].size - PAGE_BYTES), 0),
         (lambda disk, directory, segment: zero(disk, segment, disk.files[segment].size - 2 * PAGE_BYTES), 0),
+        (
+            lambda disk, directory, segment: (
+                zero(disk, segment, PAGE_BYTES + 2 * RECORD_BYTES + 3 * PAGE_BYTES),
+                zero(disk, segment, disk.files[segment].size - 2 * PAGE_BYTES),
+            ),
+            1,
+        ),
         (lambda disk, directory, segment: disk.files.pop(segment), None),
         (lambda disk, directory, segment: disk.files[segment].truncate(disk.files[segment].size // 2), None),
         (lambda disk, directory, segment: zero(disk, posixpath.join(directory, "checkpoint"), 4096), 0),
     ],
-    ids=["page 0", "record header", "many records", "trailer", "footer", "removed", "cut", "checkpoint"],
+    ids=[
+        "page 0",
+        "record header",
+        "many records",
+        "trailer",
+        "footer",
+        "payload and footer",
+        "removed",
+        "cut",
+        "checkpoint",
+    ],
 )
 def test_after_a_repair_verify_is_clean(spoil: Callable[..., object], lost: int | None) -> None:
     async def story() -> None:
