@@ -120,6 +120,7 @@ class SpaceKeeper:
         self._ended = False
         self.may_evict = config.when_full == "evict"
         self.evicted_blocks = 0
+        self.evicted_names = 0
         context.disk.writer.gate = self
         context.disk.check_record = self.check_record
 
@@ -376,6 +377,7 @@ class SpaceKeeper:
                 if row >= 0 and index.find_prefix(fact.key) == row:
                     index.unbind(fact.key)
                     self._context.catalog.names.freed([fact.key])
+                    self.evicted_names += not index.is_in_segment(row, entry.number)
             await self._evict(entry.number)
             if await self._compactor.remove([entry]):
                 await self._judge.forget(needed)
@@ -492,6 +494,7 @@ class SpaceKeeper:
             "reclaimed_segments": counters.removed_segments,
             "reclaimed_bytes": counters.removed_bytes,
             "evicted_blocks": self.evicted_blocks,
+            "evicted_names": self.evicted_names,  # of blocks that stay
             "rewritten_blocks": counters.copied_blocks,
             "rewritten_tombstones": counters.rewritten_tombstones,
             "dropped_tombstones": self._judge.dropped,

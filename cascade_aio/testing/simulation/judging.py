@@ -194,6 +194,10 @@ class Judge:
         evicted = world.evicted_so_far()
         if target.shared and evicted:
             return  # which of its blocks was evicted is not told
+        if target.name is not None and self._oracle.evicted_names_seen < world.evicted_so_far("names"):
+            self._oracle.evicted_names_seen += 1
+            self._oracle.give_up(target.block)
+            return
         if self._oracle.evictions_seen < evicted:
             self._oracle.evictions_seen += 1
             self._oracle.give_up(target.block)

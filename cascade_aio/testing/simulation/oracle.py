@@ -21,7 +21,8 @@ What is exempt, and why:
   deletion may take it along. Nobody can know better without asking all other writers.
 * With clocks that disagree, a deletion covers what its life knew, and perhaps more: stamps decide.
 * A disk budget evicts: a block may be missing as often as the stores say that they evicted one
-  (``evicted_blocks``), not once more. What was evicted may come back after a crash: its record is removed later.
+  (``evicted_blocks``), not once more; so may a name of a block that stays (``evicted_names``). What was evicted may
+  come back after a crash: its record is removed later.
 * What the medium damaged (``Injury``) may be missing, or raise, or (a damaged deletion) come back; then the damage
   must have been reported with path and offset in that record, except where nothing on disk tells damage from a write
   that a crash cut short (FORMAT.md, Recovery 3: behind the last sync that a later header speaks of).
@@ -132,6 +133,7 @@ class Oracle:
         self._open_ended: dict[Life, list[_Event]] = {}
         self._damaged: dict[Life, None] = {}
         self.evictions_seen = 0
+        self.evicted_names_seen = 0
 
     def now(self) -> int:
         """The next event's number."""

@@ -16,7 +16,7 @@ import posixpath
 import random
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.io.engine import EngineLimits
@@ -68,7 +68,8 @@ class World:
         self.counts: collections.Counter[str] = collections.Counter()
         self.reports: dict[Report, None] = {}
         self.missed_after_injury: set[int] = set()
-        self.evicted_blocks = 0
+        self.evicted: collections.Counter[str] = collections.Counter()
+        """By stores that have ended."""
         self.short_of_space = False
         self.events: list[tuple[Any, ...]] = []
         self._storages = 0
@@ -130,15 +131,16 @@ class World:
         """The end of a store, whatever kind: what it has reported and evicted."""
         statistics = store.statistics()
         disk = statistics["disk"]
-        self.evicted_blocks += disk["evicted_blocks"]
+        self.evicted.update({what: disk[f"evicted_{what}"] for what in ("blocks", "names")})
         for text in statistics["damage"]:
             self.note_report(text)
         for torn in disk["recovery"]["torn"]:
             self.reports.setdefault(Report(torn["path"], torn["offset"], torn["reason"], torn=True))
 
-    def evicted_so_far(self) -> int:
+    def evicted_so_far(self, what: Literal["blocks", "names"] = "blocks") -> int:
+        """``names``: of blocks that stayed."""
         living = (process.store for process in self.processes if process.store is not None)
-        return self.evicted_blocks + sum(int(store.statistics()["disk"]["evicted_blocks"]) for store in living)
+        return self.evicted[what] + sum(int(store.statistics()["disk"][f"evicted_{what}"]) for store in living)
 
     def note_report(self, text: str) -> None:
         found = _DAMAGE.search(text)
