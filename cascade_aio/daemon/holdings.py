@@ -216,6 +216,11 @@ class Holdings:
         self.dismiss_reservation(reservation.draft.record_bytes)
         reservation.on_end()
 
+    def _leave_behind(self, reservation: Reservation) -> None:
+        """Its slot stays FILLING, pinned by the client, and its extent allocated: the next owner fences it."""
+        self.dismiss_reservation(reservation.draft.record_bytes)
+        reservation.on_end()
+
     # -- streams --------------------------------------------------------------------------------
 
     def add_stream(self, stream: BlockStream) -> int:
@@ -249,12 +254,16 @@ class Holdings:
     def give_back(self, *, pins: bool = True) -> None:
         """Release every lease, free every reservation, void every pin. Repeated calls do nothing.
 
-        Without ``pins`` those stay, for the service that comes after this one: the client may live on.
+        Without ``pins`` those stay, for the service that comes after this one: the client may live on, read what it
+        has pinned, and write into what it was lent to fill. So those extents are not free, here or for the next.
         """
         for number in list(self._blocks):
             self.release(number)
         for number in list(self._reservations):
-            self.drop_reservation(number)
+            if pins:
+                self.drop_reservation(number)
+            else:
+                self._leave_behind(self.take_reservation(number))
         table, self.pins = self.pins, None
         if table is not None and self._publisher is not None and pins:
             self._publisher.close_client(table)
