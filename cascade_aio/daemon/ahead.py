@@ -128,12 +128,15 @@ class ServiceStream:
             try:
                 link = await self._opened()
                 reply = await link.call(p.NextBlock(0, self._number), undo=unwanted)
+                if isinstance(reply, p.Leased):
+                    return self._desk.lend_all(link, reply.grants)[0]
             except ConnectionLostError:
                 if attempt == ATTEMPTS_MAX:
                     raise
                 continue
-            if isinstance(reply, p.Leased):
-                return self._desk.lend_all(link, reply.grants)[0]
+            except BaseException:  # cancelled, or over the quota: the service may be one block further than we are
+                self._close()
+                raise
             assert isinstance(reply, p.Answer), reply
             why, failed = msgspec.convert(reply.value, tuple[StreamEnd, p.Failed | None])
             self.ended_because = why

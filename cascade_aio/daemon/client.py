@@ -204,17 +204,20 @@ class ServiceStore:
         Raises ``ServiceUnavailableError`` if the service was lost since something was put: it may be gone, put
         it again.
         """
-        generations = self._connector.generations
+        unflushed = self._connector.unflushed
         link = await self._connector.linked()
-        changed = generations - {link.welcome.generation}
-        if changed:
-            generations -= changed
+        generation, covered = link.welcome.generation, self._connector.changes
+        lost = unflushed.keys() - {generation}
+        if lost:
+            for each in lost:
+                del unflushed[each]
             raise ServiceUnavailableError(
                 f"the service at {self._connector.path} was started anew since something was put that no flush has "
                 "covered; it may be lost: put it again, then flush"
             )
         await self._connector.ask(lambda: p.Flush(0), p.Answer, repeat=False)
-        generations.clear()
+        if unflushed.get(generation, covered + 1) <= covered:  # else something was put while this flush was under way
+            del unflushed[generation]
 
     async def delete(self, name: BlockId | PrefixKey | str) -> None:
         """Forget a block and all of its names. See ``Store.delete``."""

@@ -39,8 +39,10 @@ class Connector:
         self.link: Link | None = None
         self.sight: Link | None = None
         """The newest link, living or lost: what it sees in shared memory serves hot gets until its pins are void."""
-        self.generations: set[str] = set()
-        """Runs of the service in which something was put that no flush has covered yet."""
+        self.changes = 0
+        """Blocks put and deleted so far."""
+        self.unflushed: dict[str, int] = {}
+        """Runs of the service with changes that no flush has covered yet: the number of the last one."""
         self._client = client
         self._owner = owner
         self._patience_s = reconnect_seconds_max
@@ -111,6 +113,11 @@ class Connector:
                 continue
             return link, expect(reply, kind)
         raise AssertionError("unreachable")
+
+    def noted(self, link: Link) -> None:
+        """Something was changed that only a flush in the same run of the service makes durable."""
+        self.changes += 1
+        self.unflushed[link.welcome.generation] = self.changes
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """A task of the client; cancelled when it closes."""

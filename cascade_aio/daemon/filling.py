@@ -168,8 +168,8 @@ class ClientPutter:
         return filling
 
     def noted(self, link: Link) -> None:
-        """Something was changed that only a flush in the same run of the service makes durable."""
-        self._connector.generations.add(link.welcome.generation)
+        """See ``Connector.noted``."""
+        self._connector.noted(link)
 
 
 class ClientReserveRequest:

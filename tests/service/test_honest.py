@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 from pathlib import Path
 
@@ -9,9 +11,9 @@ import numpy as np
 import pytest
 
 from cascade_aio.daemon import Service, connect
-from cascade_aio.errors import ServiceUnavailableError
+from cascade_aio.errors import ServiceUnavailableError, TierFullError
 from cascade_aio.testing.store import eventually
-from tests.service.conftest import forget_arena, running
+from tests.service.conftest import forget_arena, running, served
 
 
 def fenced(service: Service) -> int:
@@ -40,3 +42,65 @@ async def test_who_fills_an_extent_while_the_service_is_started_anew_writes_over
             await slow.aclose()
     finally:
         forget_arena(arena)
+
+
+async def test_a_stream_whose_wait_was_cancelled_goes_on_with_the_same_block(tmp_path: Path) -> None:
+    async with served(tmp_path / "kv") as store:
+        names = [await store.put(b"", bytes([i]) * 4096) for i in range(4)]
+        async with store.stream(names) as blocks:
+            assert (await anext(blocks)).block_id == names[0]
+            link = store._connector.link
+            assert link is not None
+            asked = asyncio.ensure_future(anext(blocks))
+            await asyncio.sleep(0)
+            answer = link._take
+            with pytest.MonkeyPatch.context() as patch:  # the answer comes, and in the same turn nobody waits
+                patch.setattr(link, "_take", lambda reply: (asked.cancel(), answer(reply)))
+                with pytest.raises(asyncio.CancelledError):
+                    await asked
+            rest = [block.block_id async for block in blocks]
+        assert rest == names[1:]
+        assert store.statistics()["leases"] == 0
+
+
+async def test_a_stream_that_leased_too_much_goes_on_with_the_same_block(tmp_path: Path) -> None:
+    async with served(tmp_path / "kv", service={"pinned_bytes_per_client_max": 2 << 20}) as store:
+        names = [await store.put(b"", bytes([i]) * (1 << 20)) for i in range(4)]
+        async with store.get(names[3]), store.stream(names) as blocks:
+            with pytest.raises(TierFullError, match="release blocks"):
+                await anext(blocks)
+            assert blocks.position == 0
+        async with store.stream(names) as blocks:
+            one = await store.get(names[3])
+            with pytest.raises(TierFullError):
+                await anext(blocks)
+            one.release()
+            assert [block.block_id async for block in blocks] == names
+
+
+async def test_a_flush_does_not_speak_for_what_was_put_while_it_was_under_way(tmp_path: Path) -> None:
+    path = str(tmp_path / "kv.sock")
+    async with contextlib.AsyncExitStack() as scopes:
+        async with running(tmp_path / "kv", service={"socket": path}) as service:
+            store = await scopes.enter_async_context(connect(path))
+            await store.put(b"before", b"the flush")
+            flush, under_way, goes_on = service.node.store.flush, asyncio.Event(), asyncio.Event()
+
+            async def flush_slowly() -> None:
+                await flush()
+                under_way.set()
+                await goes_on.wait()
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(service.node.store, "flush", flush_slowly)
+                flushing = asyncio.ensure_future(store.flush())
+                await under_way.wait()
+                await store.put(b"meanwhile", b"put")
+                goes_on.set()
+                await flushing
+        async with running(tmp_path / "kv", service={"socket": path}):
+            with pytest.raises(ServiceUnavailableError, match="put it again"):
+                await store.flush()
+            await store.put(b"meanwhile", b"put")
+            await store.flush()
+            await store.flush()
