@@ -9,6 +9,7 @@ it hears that they are settled. Loop thread only.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import mmap
 import os
@@ -71,6 +72,9 @@ class Link(asyncio.Protocol):
         self._cutter = FrameCutter()
         self._transport: asyncio.Transport | None = None
         self._calls: dict[int, _Call] = {}
+        self._calls_max = max(1, welcome.requests_in_flight_max - 1)
+        """One less than the service takes: what lets others end (``Seal``) always gets in, whoever waits there."""
+        self._turns: collections.deque[asyncio.Future[None]] = collections.deque()
         self._number = 0
         self._out: list[bytes] = []
         self._released: list[int] = []
@@ -91,11 +95,17 @@ class Link(asyncio.Protocol):
         ``undo(link, answer)`` gives back what an answer brings that comes after the caller was cancelled. Raises
         what the service answers with, and ``ConnectionLostError``.
         """
+        if (self._turns or len(self._calls) >= self._calls_max) and not isinstance(message, p.Seal):
+            await self._turn()
         if self.lost is not None:
             raise self._gone()
         self._number = number = self._number + 1
         message.request = number
-        frame = p.encode(message)  # before the call is noted: it may be too long
+        try:
+            frame = p.encode(message)  # before the call is noted: it may be too long
+        except ProtocolError:
+            self._next_turn()
+            raise
         future: asyncio.Future[p.Reply] = self._loop.create_future()
         self._calls[number] = _Call(future, undo, on_progress)
         self._send(frame)
@@ -110,6 +120,32 @@ class Link(asyncio.Protocol):
         if isinstance(reply, p.Failed):
             raise to_error(reply)
         return reply
+
+    async def _turn(self) -> None:
+        """Return while fewer calls than ``_calls_max`` are under way, or when the connection is lost.
+
+        More would wait in the socket, and what they wait for behind them.
+        """
+        waited = False
+        while self.lost is None and (len(self._calls) >= self._calls_max or (self._turns and not waited)):
+            turn: asyncio.Future[None] = self._loop.create_future()
+            (self._turns.appendleft if waited else self._turns.append)(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self._turns:
+                    self._turns.remove(turn)
+                else:  # it was this one's turn just now
+                    self._next_turn()
+                raise
+            waited = True
+
+    def _next_turn(self) -> None:
+        """A call has ended: the next one that waits may begin."""
+        if self._turns and len(self._calls) < self._calls_max:
+            turn = self._turns.popleft()
+            if not turn.done():  # else it was cancelled in this turn of the loop, and passes its turn on
+                turn.set_result(None)
 
     def note(self, note: p.Note) -> None:
         """Send what has no answer; nothing if the connection is lost."""
@@ -214,6 +250,7 @@ class Link(asyncio.Protocol):
         call = self._calls.pop(reply.request, None)
         if call is None:
             raise ProtocolError(f"an answer to request {reply.request}, which was not asked")
+        self._next_turn()
         if not call.future.done():
             call.future.set_result(reply)
         elif call.undo is not None and not isinstance(reply, p.Failed):
@@ -234,6 +271,10 @@ class Link(asyncio.Protocol):
         for call in calls.values():
             if not call.future.done():
                 call.future.set_exception(self._gone())
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_result(None)
         self.on_lost(self)
         if not self.outstanding:
             self.on_settled(self)

@@ -32,7 +32,8 @@ class ServiceConfig:
     reserved_bytes_per_client_max: int | None = None
     """Arena that one client may have reserved and not sealed; ``None``: a quarter. One block is always allowed."""
     requests_per_client_max: int = 1024
-    """Requests in flight of one connection; more wait in its socket."""
+    """Requests in flight of one connection; more wait in its process, or in its socket. Two at least: one that waits,
+    and one that ends what it waits for."""
     streams_per_client_max: int = 64
     verify_seals: bool = True
     """Digest what clients have filled in the service; else clients digest and are believed."""
@@ -45,9 +46,9 @@ class ServiceConfig:
 
     def __post_init__(self) -> None:
         for name in ("clients_max", "leases_per_client_max", "requests_per_client_max", "streams_per_client_max"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 1 << 20:
-                raise ConfigError(f"{name}={number!r} must be a number between 1 and {1 << 20}")
+            number, least = getattr(self, name), 2 if name == "requests_per_client_max" else 1
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= 1 << 20:
+                raise ConfigError(f"{name}={number!r} must be a number between {least} and {1 << 20}")
         for name in ("pinned_bytes_per_client_max", "reserved_bytes_per_client_max"):
             size = getattr(self, name)
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):

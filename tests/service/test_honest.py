@@ -104,3 +104,50 @@ async def test_a_flush_does_not_speak_for_what_was_put_while_it_was_under_way(tm
             await store.put(b"meanwhile", b"put")
             await store.flush()
             await store.flush()
+
+
+async def test_more_puts_at_once_than_requests_wait_for_each_other(tmp_path: Path) -> None:
+    """What the first ones wait for, a seal, does not stand behind the last ones in the socket."""
+    quota = {"requests_per_client_max": 8, "reserved_bytes_per_client_max": 1 << 20}
+    async with served(tmp_path / "kv", service=quota, put_wait_seconds_max=20.0) as store:
+        blocks = [bytes([i]) * 300_000 for i in range(64)]
+        names = await asyncio.gather(*(store.put(b"", block) for block in blocks))
+        assert len(set(names)) == 64
+
+
+async def test_calls_that_wait_for_their_turn_are_cancelled_and_end_with_the_connection(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path / "kv", service={"requests_per_client_max": 3}) as service,
+        connect(service.socket_path, reconnect_seconds_max=0.0) as store,
+    ):
+        name = await store.put(b"a", b"b")
+        ready, goes_on = service.node.store.wait_ready, asyncio.Event()
+
+        async def wait_ready() -> None:
+            await goes_on.wait()
+            await ready()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(service.node.store, "wait_ready", wait_ready)
+            under_way = [asyncio.ensure_future(store.wait_ready()) for _ in range(2)]
+            waiting = [asyncio.ensure_future(store.contains(name)) for _ in range(5)]
+            await asyncio.sleep(0)
+            link = store._connector.link
+            assert link is not None
+            assert len(link._turns) == 5
+            waiting[0].cancel()
+            goes_on.set()
+            await asyncio.sleep(0)
+            waiting[1].cancel()
+            assert await asyncio.gather(*under_way, *waiting[2:]) == [None, None, True, True, True]
+            assert not link._turns
+            goes_on.clear()
+            under_way = [asyncio.ensure_future(store.wait_ready()) for _ in range(2)]
+            waiting = [asyncio.ensure_future(store.contains(name)) for _ in range(5)]
+            await asyncio.sleep(0)
+            service._place.stop_listening()
+            for session in list(service._sessions.values()):
+                session.say_goodbye("cut off by the test")
+            for call in (*under_way, *waiting):
+                with pytest.raises(ServiceUnavailableError):
+                    await call
