@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from cascade_aio.cli.blocks import get, ls, put
@@ -23,5 +25,22 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut the names of long options off at 80 columns, where nobody can look them up
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
 for command in (demo, put, get, ls, stat, verify, repair, compact, doctor, trace, serve, prefetch, top, version):
     app.command()(command)

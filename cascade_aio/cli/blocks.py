@@ -14,10 +14,10 @@ import typer
 from rich.table import Table
 
 from cascade_aio.cli.options import Json, Settings, arena_bytes_for, open_private, store_command
-from cascade_aio.cli.output import UsageError, out, print_json, run
+from cascade_aio.cli.output import UsageError, fail, out, print_json, run
 from cascade_aio.config import GIB, MIB, StoreConfig, format_size, parse_size
 from cascade_aio.errors import ConfigError
-from cascade_aio.model import BLOCK_ID_BYTES, BlockId, PrefixKey
+from cascade_aio.model import BLOCK_ID_BYTES, BlockId, PrefixKey, Tier
 from cascade_aio.store import Block
 
 GET_ARENA_BYTES = GIB
@@ -39,7 +39,10 @@ def put(
     ] = "0",
     json: Json = False,
 ) -> None:
-    """Store each FILE as a block and print its id; durable when the command returns."""
+    """Store each FILE as a block and print its id; durable when the command returns.
+
+    Exit code 1 if the root was too small for all of them, so that some had to go again.
+    """
     try:
         split = parse_size(key_bytes)
     except ConfigError as error:
@@ -51,9 +54,15 @@ def put(
     rows = run(_put_files(settings.private(None, arena_bytes_for(largest)), files, split))
     if json:
         print_json(rows)
-        return
-    for row in rows:
-        out.print(f"{row['block_id']}  {row['file']}", markup=False)
+    else:
+        for row in rows:
+            out.print(f"{row['block_id']}  {row['file']}", markup=False)
+    gone = [str(row["file"]) for row in rows if not row["stored"]]
+    if gone:
+        fail(
+            f"{len(gone)} of {len(rows)} blocks had to make room for others and are gone again ({gone[0]} is one): the "
+            "root is too small for all of them; raise disk_bytes or free disk space"
+        )
 
 
 async def _put_files(config: StoreConfig, files: list[Path], split: int) -> list[dict[str, Any]]:
@@ -67,6 +76,9 @@ async def _put_files(config: StoreConfig, files: list[Path], split: int) -> list
             block_id = await store.put(content[:split], content[split:])
             rows.append({"block_id": block_id, "file": path, "key_bytes": split, "value_bytes": len(content) - split})
         await store.flush()
+        kept = {info.block_id async for info in store.blocks() if Tier.DISK in info.tiers}
+        for row in rows:
+            row["stored"] = row["block_id"] in kept
     return rows
 
 

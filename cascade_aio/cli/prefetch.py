@@ -76,9 +76,12 @@ async def _prefetch(path: str, keys: str, deadline_s: float | None, urgent: bool
 
 
 async def _read_names(keys: str) -> list[BlockId | PrefixKey]:
-    if keys == "-":
-        text = await asyncio.to_thread(sys.stdin.read, KEYS_FILE_BYTES_MAX)
-    else:
-        async with aiofiles.open(keys) as file:
-            text = await file.read(KEYS_FILE_BYTES_MAX)
+    try:
+        if keys == "-":
+            text = await asyncio.to_thread(sys.stdin.read, KEYS_FILE_BYTES_MAX)
+        else:
+            async with aiofiles.open(keys) as file:
+                text = await file.read(KEYS_FILE_BYTES_MAX)
+    except UnicodeDecodeError:
+        raise UsageError(f"--keys {keys} is no text; give a file with a name a line") from None
     return [parse_name(line.strip()) for line in text.splitlines() if line.strip()]

@@ -298,7 +298,7 @@ async def serve(config: StoreConfig, service: ServiceConfig | None = None) -> As
     if config.gpu_bytes is not None:
         raise ConfigError("gpu_bytes: a node service lends no device memory; set it in stores that are embedded")
     if config.read_only:
-        raise ConfigError("read_only: a node service writes what its clients put; open_store(root, read_only=True) looks")
+        raise ConfigError("read_only: a node service writes; to look at a root, open_store(root, read_only=True)")
     config = dataclasses.replace(config, warm_restart=True)
     group = None if service.group is None else group_id(service.group)
     check_shm_dir(config.shm_dir)  # the socket is there, too, and would complain of a lock that nobody has heard of

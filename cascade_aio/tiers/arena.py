@@ -54,10 +54,19 @@ class Arena(Protocol):
 
 
 class PrivateArena:
-    """Anonymous memory of this process: for tests and simulations."""
+    """Anonymous memory of this process: for commands that look at a root for a moment, plug-ins, tests."""
 
     def __init__(self, nbytes: int) -> None:
-        self._memory = memoryview(mmap.mmap(-1, nbytes))
+        """Raises ``TierFullError`` where the kernel does not grant ``nbytes``."""
+        try:
+            self._memory = memoryview(mmap.mmap(-1, nbytes))
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise TierFullError(
+                f"an arena of {format_size(nbytes)} in private memory is more than this machine or its limits grant "
+                "(free -h, ulimit -v, vm.overcommit_memory); open the store with smaller shm_bytes"
+            ) from error
 
     @property
     def memory(self) -> memoryview:

@@ -49,6 +49,25 @@ def test_key_bytes_split_a_file_into_parts(tmp_path: Path, cli: Cli) -> None:
         assert (tmp_path / part).read_bytes() == expected
 
 
+def test_put_says_so_if_the_root_is_too_small_for_all(tmp_path: Path, cli: Cli) -> None:
+    files = [tmp_path / str(number) for number in range(12)]
+    for number, path in enumerate(files):
+        path.write_bytes(number.to_bytes(1, "little") * (2 << 20))
+    call = cli("put", *files, "--root", tmp_path / "root", "--disk-bytes", "16MiB", "--json")
+    assert call.code == 1
+    stored = {row["block_id"] for row in call.json if row["stored"]}
+    assert 0 < len(stored) < len(files)
+    assert f"{len(files) - len(stored)} of {len(files)} blocks had to make room" in call.err
+    assert {row["block_id"] for row in cli("ls", tmp_path / "root", "--json").json} == stored
+
+
+def test_an_arena_that_the_machine_does_not_grant_is_told(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "one").write_bytes(CONTENT)
+    call = cli("put", tmp_path / "one", "--root", tmp_path / "root", "--shm-bytes", "4000PiB")
+    assert call.code == 1
+    assert "smaller shm_bytes" in call.err
+
+
 def test_get_writes_to_a_pipe(stored: tuple[Path, str]) -> None:
     root, block_id = stored
     command = [sys.executable, "-m", "cascade_aio", "get", block_id, "--root", str(root)]

@@ -10,6 +10,7 @@ import pytest
 
 from cascade_aio.cli import host_checks, root_checks
 from cascade_aio.config import GIB, make_config
+from cascade_aio.testing.mpi import find_runtimes
 from tests.cli.conftest import Cli
 
 
@@ -64,6 +65,24 @@ def test_old_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("platform.release", lambda release=release: release)
         levels[release] = host_checks.check_kernel().level
     assert list(levels.values()) == ["warning", "note", "ok", "ok", "ok"]
+
+
+def test_mpi_is_really_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mpi4py alone opens no store: it is there after ``pip install`` and finds no MPI library on most machines."""
+    pytest.importorskip("mpi4py")
+    runtimes, reason = find_runtimes()
+    libraries = [runtime.library for runtime in runtimes.values() if runtime.library is not None]
+    if not libraries:
+        pytest.skip(f"no MPI library of its own in this environment: {reason}")
+    monkeypatch.setenv("MPI4PY_LIBMPI", "/absent/libmpi.so")
+    finding = host_checks.check_mpi()
+    assert (finding.level, "finds no MPI library" in finding.found) == ("note", True)
+    assert "MPI4PY_LIBMPI" in finding.cure
+    for library in libraries:
+        monkeypatch.setenv("MPI4PY_LIBMPI", library)
+        finding = host_checks.check_mpi()
+        assert finding.level == "ok"
+        assert "MPI" in finding.found.partition(",")[2]
 
 
 def test_a_small_memlock_limit_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,20 @@ def test_option_names_are_whole_on_80_columns(cli: Cli) -> None:
     assert "\u2026" not in shown
 
 
+def test_the_version_is_where_everybody_looks_for_it(cli: Cli) -> None:
+    call = cli("--version")
+    assert call.code == 0
+    assert call.out == cli("version").out
+
+
+def test_an_interrupt_outside_of_a_command_is_no_traceback(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cascade_aio.cli._run", interrupt)
+    assert cli("version").code == 130
+
+
 def test_settings_tell_their_defaults(cli: Cli) -> None:
     shown = " ".join(cli("serve", "--help").out.split())
     defaults = StoreConfig(root="kv")

@@ -68,6 +68,9 @@ async def test_top_looks_and_ends(tmp_path: Path) -> None:
         (["top", "--socket", "/x", "--interval", "0"], "--interval"),
         (["top", "--root", "ROOT"], "cascade-aio serve"),
         (["serve", "ROOT/a/b"], "--create"),
+        (["serve", "ROOT", "--read-only"], "read_only: a node service writes"),
+        (["serve", "ROOT", "--gpu-bytes", "1GiB"], "gpu_bytes: a node service lends no device memory"),
+        (["prefetch", "--socket", "/x", "--keys", sys.executable], "is no text"),
         (["serve", "ROOT", "--shm-dir", "/no/such"], "shm_dir='/no/such' is not a directory"),
     ],
 )
