@@ -176,13 +176,17 @@ class Judge:
         world = self._world
         if life.shaken or self.knows_less(process) or self._is_blind(life, target, why):
             return
+        evicted = world.evicted_so_far()
+        if target.shared and evicted:
+            return  # which of its blocks was evicted is not told
         blocks = self._oracle.candidates(target.name) if target.shared and target.name is not None else {target.block}
         hurt = {block for block in blocks if world.injuries.of_block(block)}
         if hurt:
             for block in hurt:
                 self._oracle.give_up(block)
                 world.counts["lost to damage"] += 1
-                world.missed_after_injury.add(block)
+                if len(hurt) == 1:  # of several blocks that a name may have had, which one it was is not told
+                    world.missed_after_injury.add(block)
             for what in {injury.what for block in hurt for injury in world.injuries.of_block(block)}:
                 world.outcomes[f"{what}: block missed"] += 1
             return
@@ -191,9 +195,6 @@ class Judge:
         ):
             world.met("miss", process, ("slow", "stuck"))
             return
-        evicted = world.evicted_so_far()
-        if target.shared and evicted:
-            return  # which of its blocks was evicted is not told
         if target.name is not None and self._oracle.evicted_names_seen < world.evicted_so_far("names"):
             self._oracle.evicted_names_seen += 1
             self._oracle.give_up(target.block)
