@@ -54,7 +54,9 @@ def run(
     repeats: Annotated[int | None, typer.Option(min=1, help="Repetitions of each side of a pair; 5 or more.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all block bytes.")] = SEED,
     io_backend: Annotated[str, typer.Option(help="auto, uring or threads.")] = "auto",
-    quick: Annotated[bool, typer.Option(help="A few MiB, for tests: numbers mean nothing; needs --out.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A few MiB, in blocks of sizes of its own: numbers mean nothing; needs --out.")
+    ] = False,
     systems: Annotated[
         str, typer.Option(help="Compare systems (bench/peers) instead: names separated by commas, or all.")
     ] = "",

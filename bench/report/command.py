@@ -28,7 +28,7 @@ def report(
     check: Annotated[bool, typer.Option(help="Change nothing; exit 1 if a file is not in step.")] = False,
     with_figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw; needs matplotlib.")] = True,
 ) -> None:
-    """Print what was measured in a comparison: Markdown, a LaTeX table, figures, the README's section."""
+    """Write down what was measured in a comparison: Markdown, a LaTeX table, figures, the README's section."""
     console = Console(stderr=True)
     try:
         paths = result or sorted(RESULTS.glob(PATTERN))
@@ -43,6 +43,7 @@ def report(
             if not check:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
+                console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
             elif not path.exists() or path.read_text(encoding="utf-8") != text:
                 raise BenchError(
                     f"{path.name} is not in step with the result files: run `python -m bench report` again"

@@ -140,15 +140,15 @@ def conform(
 ) -> None:
     """Run the conformance suite over systems."""
     with told():
+        if unknown := [name for name in names if name not in entries()]:
+            raise BenchError(f"there is no system {', '.join(unknown)}; there are {', '.join(entries())}")
         failed = [name for name in names if not asyncio.run(_conform(name, directory))]
         if failed:
             raise BenchError(f"not conforming: {', '.join(failed)}")
 
 
 async def _conform(name: str, directory: pathlib.Path) -> bool:
-    """Whether ``name`` passes every check; says each outcome. Raises ``BenchError`` for an unknown system."""
-    if name not in entries():
-        raise BenchError(f"there is no system {name}; there are {', '.join(entries())}")
+    """Whether ``name`` passes every check; says each outcome."""
     good = True
     with _scratch(directory) as folder:
         for number, check in enumerate(conformance.CHECKS):

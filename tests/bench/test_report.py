@@ -210,6 +210,14 @@ def test_files_of_one_set_up_lie_together_and_others_apart(
         load_parts([tmp_path / "systems-2.json", tmp_path / "systems-2.json"])
 
 
+def test_a_quick_run_is_called_one(measured: SuiteFile) -> None:
+    real = msgspec.structs.replace(
+        measured, test_config=msgspec.structs.replace(measured.test_config, data="kv-float16")
+    )
+    assert "numbers mean nothing" in markdown.how(measured)
+    assert "numbers mean nothing" not in markdown.how(real)
+
+
 def test_the_command_writes_what_check_then_accepts(measured: SuiteFile, tmp_path: pathlib.Path) -> None:
     result, page = tmp_path / "systems-1.json", tmp_path / "README.md"
     save(result, measured)

@@ -346,7 +346,7 @@ def test_the_commands_say_what_is_wrong(tmp_path: pathlib.Path) -> None:
         (["run", "--systems", "files", "--repeats", "2"], "--repeats 2 is below 5"),
         (["run", "--systems", "files", "--block-size", "many"], "is not a size"),
         (["install", "warp"], "no peer warp to install"),
-        (["conform", "warp"], "no system warp"),
+        (["conform", "files", "warp"], "no system warp"),
         (["generate", "--out", str(tmp_path / "d"), "--block-size", "1000"], "no multiple of 8 KiB"),
         (["generate", "--out", str(tmp_path / "d"), "--blocks", "900000000"], "do not fit"),
     ):
