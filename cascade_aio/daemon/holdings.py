@@ -91,23 +91,28 @@ class Holdings:
         slot = -1 if self._publisher is None or self.pins is None else self._publisher.slot_of(copy)
         if slot >= 0:
             assert self.pins is not None, "who has a slot has a table"
-            self.pins.pin(slot)
+            if not self.pins.may_give(slot, extent.nbytes):
+                block.release()
+                raise self._over_quota(self.pins.given_bytes)
+            self.pins.pin(slot, extent.nbytes)
             block.release()
             return _grant(0, slot, copy, tier, complete=True)
         try:
             fresh = 0 if self._ledger.count(extent.offset) else extent.nbytes
             if self._blocks and self.pinned_bytes + fresh > self._quota.pinned_bytes:
-                raise TierFullError(
-                    f"this client leases {format_size(self.pinned_bytes)} and may lease "
-                    f"{format_size(self._quota.pinned_bytes)}; release blocks sooner, or start the service with a "
-                    "larger pinned_bytes_per_client_max"
-                )
+                raise self._over_quota(self.pinned_bytes)
             number = self._ledger.take(extent.offset, extent.nbytes)
         except BaseException:
             block.release()
             raise
         self._blocks[number] = block
         return _grant(number, -1, copy, tier, complete=block.complete)
+
+    def _over_quota(self, leased_bytes: int) -> TierFullError:
+        return TierFullError(
+            f"this client leases {format_size(leased_bytes)} and may lease {format_size(self._quota.pinned_bytes)}; "
+            "release blocks sooner, or start the service with a larger pinned_bytes_per_client_max"
+        )
 
     def block(self, number: int) -> Block:
         """Raises ``ProtocolError`` for a lease that is none of this connection."""

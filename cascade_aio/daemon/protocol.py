@@ -28,6 +28,8 @@ HELLO_BYTES_MAX = 4096
 """Longest message before the peer is known."""
 NAMES_MAX = 1 << 16
 """Names in one message; as many as ``store.prefetch`` takes."""
+GRANTS_MAX = 1 << 11
+"""Blocks that one ``GetPrefix`` of our client asks for: their grants, with the longest metadata, fit a frame."""
 RELEASES_MAX = 1 << 16
 """Leases that one message gives back."""
 LISTED_MAX = 1 << 12

@@ -13,7 +13,7 @@ from cascade_aio.daemon import protocol as p
 from cascade_aio.daemon.connector import Connector
 from cascade_aio.daemon.lending import ClientDesk, unwanted
 from cascade_aio.daemon.requests import TIER_CODES
-from cascade_aio.errors import ConfigError, TierFullError
+from cascade_aio.errors import ConfigError, LeaseError, TierFullError
 from cascade_aio.model import BlockId, PrefixKey, Tier
 from cascade_aio.store.block import Block
 from cascade_aio.store.getting import PrefixLookup, raw_name, raw_prefix
@@ -87,17 +87,26 @@ class ClientGetter:
         if len(names) > p.NAMES_MAX:
             raise ConfigError(f"{len(names)} keys are more than one call takes ({p.NAMES_MAX}); pass them in parts")
         blocks, full = self._pin_leading(names)
-        rest = names[len(blocks) :]
-        if full or not rest:
-            return blocks
-        self._counters.gets += 1
         try:
-            link, reply = await self._connector.ask(lambda: p.GetPrefix(0, rest), p.Leased, repeat=True, undo=unwanted)
-            return blocks + self._desk.lend_leading(link, reply.grants)
-        except BaseException:
+            while not full and len(blocks) < len(names):
+                part = names[len(blocks) : len(blocks) + p.GRANTS_MAX]
+                self._counters.gets += 1
+                link, reply = await self._connector.ask(
+                    lambda part=part: p.GetPrefix(0, part),  # type: ignore[misc]
+                    p.Leased,
+                    repeat=True,
+                    undo=unwanted,
+                )
+                more = self._desk.lend_leading(link, reply.grants)
+                blocks += more
+                full = len(more) < len(part)
+        except BaseException as error:
+            if blocks and isinstance(error, TierFullError | LeaseError):  # those that this client may have
+                return blocks
             for block in blocks:
                 block.release()
             raise
+        return blocks
 
     def _pin_leading(self, names: Sequence[bytes]) -> tuple[list[Block], bool]:
         """Leases on what leads in shared memory; whether this client may lease no more."""

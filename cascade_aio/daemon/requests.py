@@ -17,7 +17,7 @@ from cascade_aio.daemon import protocol as p
 from cascade_aio.daemon.faults import to_failed
 from cascade_aio.daemon.holdings import Holdings, Reservation
 from cascade_aio.daemon.node import Node
-from cascade_aio.errors import ConfigError, ProtocolError
+from cascade_aio.errors import ConfigError, LeaseError, ProtocolError, TierFullError
 from cascade_aio.model import BLOCK_ID_BYTES, BlockId, BlockMeta, PrefixKey, Tier
 from cascade_aio.segments.format import CHUNK_BYTES
 from cascade_aio.store.block import decode_meta
@@ -112,14 +112,19 @@ class Requests:
         try:
             while blocks:
                 grants.append(self._holdings.grant(blocks.pop(0)))
-        except BaseException:
-            for grant in grants:
-                self._holdings.revoke(grant)
-            raise
+        except (TierFullError, LeaseError):
+            if not grants:  # else this client has those that it may have
+                raise
         finally:
             for block in blocks:
                 block.release()
         return p.Leased(request.request, grants)
+
+    def unsent(self, reply: p.Reply) -> None:
+        """``reply`` could not be sent: take back what it would have brought."""
+        if isinstance(reply, p.Leased):
+            for grant in reply.grants:
+                self._holdings.revoke(grant)
 
     def _lookup(self, request: p.Lookup) -> Handled:
         keys = prefixes_of(request.names)

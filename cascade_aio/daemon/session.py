@@ -251,6 +251,7 @@ class Session(asyncio.Protocol):
         except ProtocolError as error:  # an answer that is too long, such as a prefix of very many blocks
             assert not isinstance(message, p.Failed), message
             assert not isinstance(message, p.Goodbye), message
+            self.requests.unsent(message)
             frame = p.encode(to_failed(message.request, error))
         self._out.append(frame)
         if not self._flushing:

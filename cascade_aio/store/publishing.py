@@ -82,7 +82,7 @@ class Publisher:
         self._wake = asyncio.Event()
         self._ticks = 0
         self.on_over_quota: Callable[[ClientPins], None] = lambda client: None
-        """Called for a client that has pinned more than its quota, again and again: end its connection."""
+        """Called for a client that has pinned more by itself than it may, again and again: end its connection."""
         self.used = 0
         """Uses by clients that were harvested; a block counts once per look."""
 
@@ -264,7 +264,7 @@ class Publisher:
             clients = directory.live_clients()
             if clients:
                 client = clients[self._ticks // UPKEEP_TICKS % len(clients)]
-                if directory.pinned_bytes(client) > client.quota_bytes:
+                if directory.is_over_quota(client):
                     self.on_over_quota(client)
         self._settle()
 

@@ -55,6 +55,9 @@ class ClientPins:
     _seen_touches: int = 0
     _harvest_from: int = 0
     closed: bool = False
+    given_bytes: int = 0
+    _given: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Slots that the owner has pinned in the client's name, with the bytes that count; some may be let go by now."""
 
     def take_fd(self) -> int:
         """The descriptor for the client, once: send it and close it at once, then only the client has its lock."""
@@ -62,12 +65,39 @@ class ClientPins:
         fd, self._fd = self._fd, -1
         return fd
 
-    def pin(self, slot: int) -> None:
-        """One more pin in the client's name, on a slot that the caller knows to stay; the client ends it."""
+    def pin(self, slot: int, nbytes: int = 0) -> None:
+        """One more pin in the client's name, on a slot that the caller knows to stay; the client ends it.
+
+        ``nbytes`` of arena count against the quota.
+        """
         self.table.add(slot)
+        self.given_bytes += nbytes - self._given.get(slot, 0)
+        self._given[slot] = nbytes
+
+    def may_give(self, slot: int, nbytes: int) -> bool:
+        """Whether one more pin is within the quota, as far as the owner gave them. One block always is.
+
+        Near the quota it looks at the whole table.
+        """
+        fresh = nbytes - self._given.get(slot, 0)
+        if self.given_bytes + fresh > self.quota_bytes:
+            self._forget_let_go()
+            fresh = nbytes - self._given.get(slot, 0)
+        return not self.given_bytes or self.given_bytes + fresh <= self.quota_bytes
+
+    def taken(self) -> list[int]:
+        """Slots that the client has pinned by itself: looks at the whole table."""
+        return [slot for slot in self._forget_let_go() if slot not in self._given]
+
+    def _forget_let_go(self) -> list[int]:
+        pinned = list(self.pinned())
+        self._given = {slot: self._given[slot] for slot in pinned if slot in self._given}
+        self.given_bytes = sum(self._given.values())
+        return pinned
 
     def unpin(self, slot: int) -> None:
         """End a pin that the client did not learn of. Raises ``LeaseError`` if there is none."""
+        self.given_bytes -= self._given.pop(slot, 0)
         try:
             self.table.drop(slot)
         except ValueError as error:
@@ -364,10 +394,15 @@ class ArenaDirectory:
         """Clients of this owner."""
         return [client for client in self._clients if not client.former]
 
-    def pinned_bytes(self, client: ClientPins) -> int:
-        """Bytes of arena that the client has pinned: looks at the whole table."""
-        entries = (self.entry(slot) for slot in client.pinned())
-        return sum(entry.header_bytes + entry.value_offset + entry.value_bytes for entry in entries)
+    def is_over_quota(self, client: ClientPins) -> bool:
+        """Whether the client has pinned more by itself than its library lets it: looks at the whole table.
+
+        What the owner gave it (and it may not have heard of yet) was bounded then. One block does not count: it is
+        pinned before its size can be seen, and one may be larger than the quota.
+        """
+        entries = (self.entry(slot) for slot in client.taken())
+        sizes = [entry.header_bytes + entry.value_offset + entry.value_bytes for entry in entries]
+        return sum(sizes) - max(sizes, default=0) > client.quota_bytes
 
     def _table(self, memory: memoryview) -> PinTable:
         return PinTable(memory, self.slots, fmt.TOUCHES_AT, fmt.COUNTS_AT, self.geometry.touched_at)

@@ -10,10 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cascade_aio import BlockMeta, prefix_keys
 from cascade_aio.daemon import Service, connect
-from cascade_aio.errors import ServiceUnavailableError, TierFullError
+from cascade_aio.daemon import protocol as p
+from cascade_aio.errors import LeaseError, ProtocolError, ServiceUnavailableError, TierFullError
+from cascade_aio.store.publishing import UPKEEP_TICKS
 from cascade_aio.testing.store import eventually
 from tests.service.conftest import forget_arena, running, served
+
+
+def looks(service: Service) -> None:
+    """Let the service look at every client's quota, without waiting for the second in which it would."""
+    for _ in range(4 * UPKEEP_TICKS):
+        service._publisher.tick()
 
 
 def fenced(service: Service) -> int:
@@ -151,3 +160,85 @@ async def test_calls_that_wait_for_their_turn_are_cancelled_and_end_with_the_con
             for call in (*under_way, *waiting):
                 with pytest.raises(ServiceUnavailableError):
                     await call
+
+
+async def test_what_a_client_fills_does_not_count_as_what_it_leases(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        names = [await store.put(b"", bytes([i]) * (1 << 20)) for i in range(7)]  # of 8 MiB that it may lease
+        leases = [await store.get(name) for name in names]
+        async with store.reserve(key_bytes=0, value_bytes=3 << 20) as slot:
+            slot.value[:] = 1
+            looks(service)
+        assert bytes(leases[0].value[:1]) == b"\0"
+        for lease in leases:
+            lease.release()
+        assert service.node.counters.protocol_errors == 0
+
+
+async def test_one_block_larger_than_the_quota_may_be_leased(tmp_path: Path) -> None:
+    quota = {"pinned_bytes_per_client_max": 1 << 20}
+    async with running(tmp_path / "kv", service=quota) as service, connect(service.socket_path) as store:
+        name = await store.put(b"", bytes(3 << 20))
+        async with store.get(name):
+            looks(service)
+        assert service.node.counters.protocol_errors == 0
+
+
+async def test_answers_on_their_way_are_within_the_quota(tmp_path: Path) -> None:
+    """A client that does not come to read for a while is not cut off for what it was sent."""
+    quota = {"pinned_bytes_per_client_max": 2 << 20}
+    async with running(tmp_path / "kv", service=quota) as service, connect(service.socket_path) as store:
+        names = [await store.put(b"", bytes([i]) * (900 << 10)) for i in range(6)]
+        own = [await store.get(name) for name in names[:2]]
+        link = store._connector.link
+        assert link is not None
+        assert link._transport is not None
+        asked = [asyncio.ensure_future(store._getter.load(name)) for name in names]
+        await asyncio.sleep(0)
+        link._transport.pause_reading()
+        await eventually(lambda: service.node.counters.failed_requests >= 3)
+        looks(service)
+        link._transport.resume_reading()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for lease in own:
+            lease.release()
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                assert isinstance(answer, TierFullError)
+            else:
+                answer.release()
+        assert service.node.counters.protocol_errors == 0
+        async with store.get(names[5]) as block:
+            assert bytes(block.value[:1]) == b"\5"
+        assert not any(session.holdings.pins.taken() for session in service._sessions.values() if session.holdings.pins)
+
+
+async def test_a_prefix_whose_answer_would_be_too_long_is_asked_for_in_parts(tmp_path: Path) -> None:
+    count = 40
+    async with (
+        running(tmp_path / "kv") as service,
+        connect(service.socket_path) as store,
+    ):
+        keys = prefix_keys(range(count), block_tokens=1, namespace="long")
+        for i, key in enumerate(keys):
+            await store.put(b"", bytes([i]), prefix=key, meta=BlockMeta(extra=bytes(900)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(p, "FRAME_BYTES_MAX", 20_000)
+            with pytest.raises(ProtocolError, match="ask for less at once"):
+                await store.get_prefix(keys)
+            assert service._statistics()["leases"] == 0  # what could not be told is not leased
+            patch.setattr(p, "GRANTS_MAX", 16)
+            async with store.get_prefix(keys) as blocks:
+                assert [bytes(block.value) for block in blocks] == [bytes([i]) for i in range(count)]
+        await eventually(lambda: service._statistics()["leases"] == 0)
+
+
+async def test_a_prefix_of_blocks_that_are_leased_by_message_ends_at_the_quota(tmp_path: Path) -> None:
+    async with served(tmp_path / "kv", service={"leases_per_client_max": 3}) as store:
+        keys = prefix_keys(range(5), block_tokens=1, namespace="long")
+        for i, key in enumerate(keys):
+            await store.put(b"", bytes([i]), prefix=key, meta=BlockMeta(extra=bytes(900)))
+        async with store.get_prefix(keys) as blocks:
+            assert len(blocks) == 3
+            with pytest.raises(LeaseError, match="3 leases"):
+                await store.get_prefix(keys)
