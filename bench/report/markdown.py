@@ -42,9 +42,10 @@ def how(result: SuiteFile) -> str:
     quick = "**A quick run: its numbers mean nothing.** " if config.data == "random" else ""
     return (
         f"{quick}Measured {result.timestamp[:10]} (job {result.job_id}), kernel {result.kernel}, "
-        f"{result.host['cores']} cores ({result.cpu}), {result.host['memory_bytes'] / (1 << 30):.0f} GiB, {result.file_system} "
-        f"on {result.host['device']}, {_count(cluster.nodes, 'node')}, {_count(cluster.total_ranks, 'rank')}; cascade_aio "
-        f"{result.versions.get('cascade_aio', '?')} (commit {result.commit[:12]}{dirty}). Data: {config.data}, seed "
+        f"{result.host['cores']} cores ({result.cpu}), {result.host['memory_bytes'] / (1 << 30):.0f} GiB, "
+        f"{result.file_system} on {result.host['device']}, {_count(cluster.nodes, 'node')}, "
+        f"{_count(cluster.total_ranks, 'rank')}; cascade_aio {result.versions.get('cascade_aio', '?')} "
+        f"(commit {result.commit[:12]}{dirty}). Data: {config.data}, seed "
         f"{config.seed}, {config.in_flight} in flight. Medians (with range) of {_range_text(repeats)} repetitions, "
         f"systems in random order; {result.verified_bytes / 1e9:.0f} GB compared byte by byte; {cold}. "
         "A miss or a wrong byte voids a row. CPU seconds are of clients and servers together."
