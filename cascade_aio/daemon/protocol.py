@@ -39,11 +39,14 @@ CHUNKS_MAX = 1 << 16
 TEXT_BYTES_MAX = 4096
 """Longest text in an error."""
 SIZE_MAX = 1 << 62
+REPORTED_MAX = 1 << 32
+"""Look-ups in one report: sums of them stay numbers that a message can carry."""
 SECONDS_MAX = 86400.0
 
 Count = Annotated[int, Meta(ge=0, le=SIZE_MAX)]
 Number = Annotated[int, Meta(ge=1, le=SIZE_MAX)]
 """Of a request, a lease, a reservation or a stream; each counts from 1 within its connection."""
+Tally = Annotated[int, Meta(ge=0, le=REPORTED_MAX)]
 Slot = Annotated[int, Meta(ge=-1, le=1 << 40)]
 """Of the shared directory; -1: none."""
 Name = Annotated[bytes, Meta(min_length=16, max_length=32)]
@@ -246,8 +249,8 @@ class Settled(Message, tag=44):
 class Report(Message, tag=45):
     """What this client found in the shared directory since its last report."""
 
-    lookups: Count
-    hits: Count
+    lookups: Tally
+    hits: Tally
 
 
 # -- answers ---------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from cascade_aio.daemon.node import Node
 from cascade_aio.errors import ConfigError, LeaseError, ProtocolError, TierFullError
 from cascade_aio.model import BLOCK_ID_BYTES, BlockId, BlockMeta, PrefixKey, Tier
 from cascade_aio.segments.format import CHUNK_BYTES
-from cascade_aio.store.block import decode_meta
+from cascade_aio.store.block import LeasedCopy, decode_meta
 from cascade_aio.store.prefetching import PrefetchHandle, PrefetchPriority
+from cascade_aio.store.streaming import BlockStream
 
 PROGRESS_SECONDS = 0.1
 """Least time between two progress messages of one request."""
@@ -143,11 +144,14 @@ class Requests:
             await self._node.refresh_on_miss()
         return p.Answer(request.request, name in self._store)
 
-    async def _ready(self, request: p.Ready) -> p.Reply:
-        copy = self._holdings.block(request.lease).leased_copy
+    def _ready(self, request: p.Ready) -> Handled:
+        copy = self._holdings.block(request.lease).leased_copy  # now: the next message may give the lease back
         end = copy.value_offset + copy.value_bytes
         if not request.start <= request.stop <= end:
             raise ProtocolError(f"bytes {request.start} to {request.stop} are outside a payload of {end}")
+        return self._wait_arrived(request, copy)
+
+    async def _wait_arrived(self, request: p.Ready, copy: LeasedCopy) -> p.Reply:
         if copy.arrival is not None:
             await copy.arrival.wait(request.start, request.stop)
         return p.Answer(request.request, copy.arrival is None or copy.arrival.complete)
@@ -257,8 +261,10 @@ class Requests:
         )
         return p.Answer(request.request, self._holdings.add_stream(stream))
 
-    async def _next_block(self, request: p.NextBlock) -> p.Reply:
-        stream = self._holdings.stream(request.stream)
+    def _next_block(self, request: p.NextBlock) -> Handled:
+        return self._next_of(request, self._holdings.stream(request.stream))  # now: the next message may close it
+
+    async def _next_of(self, request: p.NextBlock, stream: BlockStream) -> p.Reply:
         try:
             block = await anext(stream)
         except StopAsyncIteration:
@@ -267,6 +273,8 @@ class Requests:
         # The stream has its lease until it is asked again; the client's own lasts as long as the client likes.
         copy = block.leased_copy
         own = self._parts.context.desk.lend(cast(Any, copy), block.tier)
+        if stream.ended_because is not None:  # closed while this request waited: nobody will ask it again
+            stream.stop()
         return p.Leased(request.request, [self._holdings.grant(own)])
 
     # -- the rest -------------------------------------------------------------------------------

@@ -263,14 +263,28 @@ class _Lingering:
 
     def watch(self) -> None:
         """End at once if the process is dead, else with it, or when time is up."""
-        with contextlib.suppress(OSError):  # gone already, or of another pid namespace
-            if self.session.peer.pid > 0:
-                self._pidfd = os.pidfd_open(self.session.peer.pid)
-        if self._pidfd < 0 or not self._seconds_max:
+        if not self._seconds_max or self._is_dead():
             self.end()
             return
-        self._loop.add_reader(self._pidfd, self.end)
+        if self._pidfd >= 0:
+            self._loop.add_reader(self._pidfd, self.end)
         self._timer = self._loop.call_later(self._seconds_max, self._time_is_up)
+
+    def _is_dead(self) -> bool:
+        """Whether it is known to be; a process of another pid namespace, or one that cannot be asked for, may live."""
+        pid, pins = self.session.peer.pid, self.session.holdings.pins
+        if pid > 0:
+            try:
+                self._pidfd = os.pidfd_open(pid)
+                return False
+            except ProcessLookupError:
+                return True
+            except OSError as error:  # no descriptors left, or a kernel without
+                logger.warning("%s cannot be watched: %s", self.session, error)
+        try:
+            return pins is not None and not pins.is_alive()
+        except OSError:
+            return False
 
     def _time_is_up(self) -> None:
         logger.warning("%s lives on; what it held is used again after %g s", self.session, self._seconds_max)

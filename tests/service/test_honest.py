@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
+import os
 import uuid
 from pathlib import Path
 
@@ -242,3 +245,74 @@ async def test_a_prefix_of_blocks_that_are_leased_by_message_ends_at_the_quota(t
             assert len(blocks) == 3
             with pytest.raises(LeaseError, match="3 leases"):
                 await store.get_prefix(keys)
+
+
+async def test_a_stream_that_is_closed_while_somebody_waits_for_it_costs_nothing_else(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        names = [await store.put(b"", bytes([i]) * 4096) for i in range(4)]
+        blocks = store.stream(names)
+        await anext(blocks)
+        waiting = asyncio.ensure_future(anext(blocks))
+        await asyncio.sleep(0)
+        await blocks.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await waiting
+        await store.flush()
+        assert service.node.counters.protocol_errors == 0
+
+
+async def test_a_lease_that_is_released_while_somebody_waits_for_its_bytes_costs_nothing_else(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        lease = await store.get(await store.put(b"", b"numbered", meta=BlockMeta(extra=bytes(900))))
+        link = store._connector.link
+        assert link is not None
+        waiting = asyncio.ensure_future(link.call(p.Ready(0, 1, 0, 8)))
+        await asyncio.sleep(0)
+        lease.release()
+        reply = await waiting
+        assert isinstance(reply, p.Answer)
+        assert reply.value is True
+        await store.flush()
+        assert service.node.counters.protocol_errors == 0
+
+
+async def test_what_one_client_reports_does_not_cost_another_its_connection(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path / "kv") as service,
+        connect(service.socket_path) as nonsense,
+        connect(service.socket_path) as store,
+    ):
+        link = nonsense._connector.link
+        assert link is not None
+        link.note(p.Report(p.SIZE_MAX, p.SIZE_MAX))
+        await eventually(lambda: service.node.counters.protocol_errors == 1)
+        assert (await store.statistics())["service"]["shared_hits"] < p.SIZE_MAX
+        assert store.statistics()["reconnects"] == 0
+
+
+@pytest.mark.parametrize("why", ["no descriptors", "another pid namespace"])
+async def test_a_process_that_cannot_be_watched_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    def fail(pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with (
+        running(tmp_path / "kv") as service,
+        connect(service.socket_path) as store,
+        connect(service.socket_path) as other,
+    ):
+        lease = await store.get(await store.put(b"", bytes([1]) * (2 << 20)))
+        kept = lease.value
+        session = service._sessions[1]
+        if why == "no descriptors":
+            monkeypatch.setattr(os, "pidfd_open", fail)
+        else:
+            session.peer = dataclasses.replace(session.peer, pid=0)
+        session.say_goodbye("cut off by the test")
+        await eventually(lambda: 1 not in service._sessions)
+        for i in range(8):  # more than the arena holds
+            await other.put(b"", bytes([10 + i]) * (3 << 20))
+        assert set(np.unique(kept)) == {1}
+        del kept
+        lease.release()
