@@ -106,6 +106,7 @@ async def test_nothing_is_synced_for_the_sake_of_a_mark() -> None:
         syncs = process.writer.statistics.syncs
         assert process.writer.unsynced_bytes == PAGE_BYTES
         await asyncio.sleep(4 * SMALL.tail_seconds_max)
+        await process.settle()
         assert process.writer.statistics.syncs == syncs
         assert process.writer.settled
 

@@ -12,7 +12,7 @@ from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import BrokenTierError, ClosedError, TierFullError
 from cascade_aio.segments import format as fmt
 from cascade_aio.segments.facts import BindingFact, BlockFact, TombstoneFact
-from cascade_aio.segments.writer import WriterLimits
+from cascade_aio.segments.writer import LINGER_SHARE, WriterLimits
 from cascade_aio.testing.memory import FaultHook, MemoryDisk, MemoryStorage, Operation
 from tests.segments.harness import QUIET, SMALL, Block, blocks_of, damages, running, start
 
@@ -127,14 +127,22 @@ async def test_flush_does_not_wait_for_later_appends() -> None:
 
 async def test_the_unwritten_tail_is_bounded_in_time() -> None:
     storage = MemoryStorage()
+    now_s = asyncio.get_running_loop().time
     async with running(storage, SMALL) as process:
+        written_s: list[float] = []
         block = Block(1, 100)
+
+        def watch(operation: Operation) -> None:
+            if operation.name == "write" and operation.offset and not operation.after:  # at 0 the segment's header
+                written_s.append(now_s())
+
+        storage.hooks.append(watch)
+        begun_s = now_s()
         process.writer.append(block.pending())
-        await process.settle()
-        assert not block.durable, "a small record lingers"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not block.durable:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+        assert written_s[0] - begun_s >= 0.9 * LINGER_SHARE * SMALL.tail_seconds_max, "a small record lingers"
 
 
 async def test_large_blocks_start_at_once_in_bounded_writes() -> None:
