@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,8 @@ def hang() -> None:
     time.sleep(LONGER_THAN_ANY_TEST_SECONDS)
 
 
-def read_from_a_sleeper_and_a_corpse() -> list[int]:
-    """Rank 0 reads from rank 1, which makes no MPI call, and from rank 3 before it dies; then says who is left."""
+def read_from_sleepers_beside_a_corpse(done: str) -> list[int]:
+    """Rank 0 reads from ranks 1 and 2, which make no MPI call meanwhile, after rank 3 was killed; what it read."""
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
@@ -66,7 +67,6 @@ def read_from_a_sleeper_and_a_corpse() -> list[int]:
     world.Barrier()
     seen = []
     if world.rank == 3:
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     if world.rank == 0:
         into = np.zeros(1 << 20, np.uint8)
@@ -74,6 +74,8 @@ def read_from_a_sleeper_and_a_corpse() -> list[int]:
         for target in (1, 2):
             window.Rget([into, into.nbytes, MPI.BYTE], target, target=[0, into.nbytes, MPI.BYTE]).Wait()
             seen += [int(into.min()), int(into.max())]
+        Path(done).touch()
     else:
-        time.sleep(1.5)
+        while not Path(done).exists():
+            time.sleep(0.05)
     return seen

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.mpi
 @pytest.mark.parametrize("runtime", ["openmpi"], indirect=True)
 def test_a_quick_run_gathers_all_ranks_into_one_result_file(launch: Launch, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    done = launch("tests.mpi.bench_jobs:measure", deadline_s=120.0, scratch=str(tmp_path), out=str(out)).results(RANKS)
+    done = launch("tests.mpi.bench_jobs:measure", deadline_s=240.0, scratch=str(tmp_path), out=str(out)).results(RANKS)
     assert done[0][-4:] == ["lookup", "loop lag, origin", "loop lag, target", "skewed"]
     assert done[1:] == [[]] * (RANKS - 1)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]  # the scratch folder is gone

@@ -6,6 +6,7 @@ import mmap
 import os
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -36,8 +37,8 @@ def test_a_job_that_hangs_is_killed_when_its_time_is_up(launch: Launch) -> None:
         outcome.results(RANKS)
 
 
-def test_the_others_outlive_a_killed_rank_if_asked_to(launch: Launch) -> None:
-    outcome: JobOutcome = launch("read_from_a_sleeper_and_a_corpse", outlive=True)
+def test_the_others_outlive_a_killed_rank_if_asked_to(launch: Launch, tmp_path: Path) -> None:
+    outcome: JobOutcome = launch("read_from_sleepers_beside_a_corpse", outlive=True, done=str(tmp_path / "done"))
     assert not outcome.timed_out, outcome.describe()
     assert set(outcome.ranks) == {0, 1, 2}, outcome.describe()
     assert outcome.ranks[0].error is None, outcome.describe()

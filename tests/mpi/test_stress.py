@@ -17,7 +17,13 @@ def test_no_wrong_byte_and_no_hang_when_extents_are_reused_and_a_rank_is_killed(
     launch: Launch, runtime: MpiRuntime, tmp_path: Path
 ) -> None:
     outcome = launch(
-        "bench.mpi.stress:rank", outlive=True, deadline_s=90.0, root=str(tmp_path / "kv"), seconds=3.0, seed=1, victim=3
+        "bench.mpi.stress:rank",
+        outlive=True,
+        deadline_s=180.0,
+        root=str(tmp_path / "kv"),
+        seconds=3.0,
+        seed=1,
+        victim=3,
     )
     assert "no wrong byte" in stress.summary(outcome, RANKS - 1, runtime)
     assert sum(one.result["counts"]["put"] for one in outcome.ranks.values()) > 0
