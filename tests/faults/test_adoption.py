@@ -79,7 +79,7 @@ async def test_two_processes_race_for_the_segments_of_a_dead_one(tmp_path: Path)
             found.append(json.loads(child.stdout.readline()))
         for child in children:
             _tell(child)
-            assert child.wait(30) == 0
+            assert child.wait(60) == 0
     finally:
         for child in children:
             child.kill()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,16 @@ async def expect(store: ca.Store, some: list[Known]) -> None:
 
 async def test_two_openers_of_one_arena(tmp_path: Path) -> None:
     first = make_block(1, 5000, 5000)
-    async with open_at(tmp_path / "kv", arena="cascade-faults-shared") as store:
+    arena = f"cascade-faults-{uuid.uuid4().hex[:12]}"
+    async with open_at(tmp_path / "kv", arena=arena) as store:
         with pytest.raises(ca.ConfigError, match="in use"):
-            await open_at(tmp_path / "kv", arena="cascade-faults-shared")
+            await open_at(tmp_path / "kv", arena=arena)
         with pytest.raises(ca.ConfigError, match="in use"):
-            await open_at(tmp_path / "other", arena="cascade-faults-shared")
+            await open_at(tmp_path / "other", arena=arena)
         await put(store, first)
         await store.flush()
         await expect(store, [first])
-    async with open_at(tmp_path / "kv", arena="cascade-faults-shared") as store:
+    async with open_at(tmp_path / "kv", arena=arena) as store:
         await expect(store, [first])
 
 
