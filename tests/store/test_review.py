@@ -13,6 +13,7 @@ import pytest
 
 from cascade_aio.errors import ConfigError, TierFullError
 from cascade_aio.model import BlockMeta
+from cascade_aio.testing.store import eventually
 from cascade_aio.tiers.arena import open_arena
 from tests.store.conftest import OpenStore, block_bytes
 
@@ -43,14 +44,16 @@ async def test_an_opening_without_threads_leaves_nothing_open(open_small: OpenSt
         with mock.patch.object(threading.Thread, "start", refuse_second), pytest.raises(RuntimeError, match="thread"):
             await open_small(workers=2)
 
+    def threads() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("cascade-bytes")]
+
     await fail()
-    await asyncio.sleep(0.1)
+    await eventually(lambda: not threads())
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         await fail()
-    await asyncio.sleep(0.1)
-    assert len(os.listdir("/proc/self/fd")) <= before
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cascade-bytes")]
+    await eventually(lambda: not threads())
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 async def test_a_stale_arena_is_replaced_not_reused(tmp_path: Path) -> None:
@@ -128,7 +131,7 @@ async def test_concurrent_puts_of_stored_content_do_not_wait_for_each_other(open
         for part in data:
             await store.put(part, part)
         await store.flush()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(50):
             await asyncio.gather(*(store.put(part, part) for part in data))
 
 
