@@ -9,7 +9,7 @@ import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-EXAMPLE_SECONDS_MAX = 60
+EXAMPLE_SECONDS_MAX = 120
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))

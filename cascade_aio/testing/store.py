@@ -36,8 +36,8 @@ AnyStore = ca.Store | ServiceStore
 Opener = Callable[..., AbstractAsyncContextManager[AnyStore]]
 
 KEYS = ca.prefix_keys(range(64), block_tokens=8, namespace="conformance")
-SETTLE_SECONDS_MAX = 10.0
-"""How long what happens soon may take."""
+SETTLE_SECONDS_MAX = 60.0
+"""How long what happens soon may take on a machine that is busy with other things."""
 
 
 def block_bytes(seed: int, key_bytes: int = 70_000, value_bytes: int = 65_536) -> tuple[bytes, bytes]:

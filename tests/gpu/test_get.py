@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import uuid
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import cascade_aio as ca
 from cascade_aio.errors import BlockNotFoundError, ConfigError, LeaseError
 from cascade_aio.testing.gpu import FakeGpu
+from cascade_aio.testing.store import eventually
 from tests.gpu.conftest import Opener, block_bytes
 
 
@@ -181,10 +183,7 @@ async def test_arrays_outlive_their_lease(store: ca.Store, gpu: FakeGpu) -> None
     assert store.statistics()["gpu"]["devices"][0]["leases"] == 1
     del shown
     gc.collect()
-    for _ in range(100):
-        await asyncio.sleep(0.005)
-        if not store.statistics()["gpu"]["devices"][0]["leases"]:
-            break
+    await eventually(lambda: not store.statistics()["gpu"]["devices"][0]["leases"])
     device = store.statistics()["gpu"]["devices"][0]
     assert (device["leases"], device["shown"]) == (0, 0)
 
@@ -273,12 +272,11 @@ async def test_a_forgotten_lease_warns_and_is_taken_back(store: ca.Store) -> Non
     leases = [await store.get(block_id, device=0)]
     with pytest.warns(ResourceWarning, match=r"test_get\.py:\d+ was never released"):
         leases.clear()
-    await asyncio.sleep(0.01)
-    assert store.statistics()["gpu"]["devices"][0]["leases"] == 0
+    await eventually(lambda: store.statistics()["gpu"]["devices"][0]["leases"] == 0)
 
 
 async def test_a_store_without_a_gpu_tier_says_how_to_get_one(tmp_path: Any) -> None:
-    async with ca.open_store(tmp_path / "kv", shm_bytes="4MiB", arena="cascade-test-no-gpu") as store:
+    async with ca.open_store(tmp_path / "kv", shm_bytes="4MiB", arena=f"cascade-test-{uuid.uuid4().hex[:12]}") as store:
         with pytest.raises(ConfigError, match="gpu_bytes='8GiB'"):
             store.get("00" * 16, device=0)
         assert store.statistics()["gpu"] is None

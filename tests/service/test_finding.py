@@ -38,7 +38,7 @@ async def test_a_root_that_nobody_serves(tmp_path: Path) -> None:
 async def test_what_is_no_socket_is_named_at_once(tmp_path: Path, kind: str, complaint: str) -> None:
     path = tmp_path / "there"
     path.touch() if kind == "file" else path.mkdir()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         with pytest.raises(ConfigError, match=complaint):
             await ca.connect(path, wait_seconds=3600)
 

@@ -21,7 +21,7 @@ from cascade_aio.testing.service_child import DEEDS
 from cascade_aio.testing.store import block_bytes, eventually
 from tests.service.conftest import KEYS, forget_arena, running, served
 
-START_SECONDS_MAX = 30.0
+START_SECONDS_MAX = 60.0
 LONG_META = ca.BlockMeta(extra=bytes(800))
 """Blocks with so much of it are not listed in shared memory: their leases are numbers."""
 
@@ -269,7 +269,7 @@ async def test_a_hot_prefix_takes_no_message_and_ends_at_the_quota(tmp_path: Pat
 
 
 async def test_reservations_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None:
-    settings = {"put_wait_seconds_max": 1.0}
+    settings = {"put_wait_seconds_max": 4.0}
     async with served(tmp_path / "kv", service={"reserved_bytes_per_client_max": 1 << 20}, **settings) as store:
         blocks = [block_bytes(i, 300_000, 300_000) for i in range(8)]
         assert len(await asyncio.gather(*(store.put(*block) for block in blocks))) == 8

@@ -128,7 +128,7 @@ async def _attach(path: str) -> socket.socket:
 async def _is_cut_off(connection: socket.socket) -> bool:
     """Whether the service has ended the connection, whatever it said before."""
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         try:
             while await loop.sock_recv(connection, 1 << 16):
                 pass

@@ -336,7 +336,7 @@ async def test_over_real_files(scenario: Scenario, open_small: OpenStore, arena:
 
 async def _until_idle(store: ca.Store) -> None:
     """Loads that were cancelled drain in the kernel's time, not in turns of the loop."""
-    for _ in range(200):
+    for _ in range(6000):
         if store.statistics()["shm"]["loading"] == 0:
             with contextlib.suppress(AssertionError):
                 check_idle(store)

@@ -284,7 +284,7 @@ async def test_eviction_keeps_everything_readable(open_small: OpenStore, evictio
 
 
 async def test_arena_full_of_leases(open_small: OpenStore) -> None:
-    async with open_small(put_wait_seconds_max=0.3) as store:
+    async with open_small(put_wait_seconds_max=1.5) as store:
         leases: list[ca.Block] = []
 
         async def fill() -> None:

@@ -16,7 +16,6 @@ from cascade_aio.abc.device import DeviceError, MemoryCopy
 from cascade_aio.errors import BrokenTierError, TierFullError
 from cascade_aio.io.workers import ByteWorkers
 from cascade_aio.testing.gpu import FakeGpu
-from cascade_aio.tiers.gpu.lanes import WATCH_S
 from cascade_aio.tiers.gpu.pinning import HostPins
 from cascade_aio.tiers.gpu.tier import GpuTier
 
@@ -133,7 +132,7 @@ async def test_a_lost_device_ends_what_is_in_flight_without_a_wake() -> None:
         it.tier.on_broken = lambda: told.append("broken")
         ticket = it.tier.start_upload([(it.tier._base, it.host[:MIB])], ended.append)
         it.gpu.lose()
-        async with asyncio.timeout(40 * WATCH_S):
+        async with asyncio.timeout(60):
             with pytest.raises(DeviceError, match="lost"):
                 await ticket.wait()
         assert ended[0] is not None
@@ -174,7 +173,7 @@ async def test_callers_streams_are_waited_for_and_made_to_wait() -> None:
             tier.order(user, ticket)
             kernel = gpu.launch(user, reads=[(tier._base + 4096, 64)])
             fence = tier.fence(user)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not tier.passed(fence):  # noqa: ASYNC110 - fences are asked, they do not tell
                     await asyncio.sleep(0.001)
             assert kernel.seen == [bytes([turn]) * 64]
