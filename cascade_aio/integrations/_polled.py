@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-from cascade_aio.errors import ClosedError, ConfigError
+from cascade_aio.errors import CascadeError, ClosedError, ConfigError
 from cascade_aio.integrations._opening import AnyStore, Place
 
 T = TypeVar("T")
@@ -52,6 +52,12 @@ class Submitted(Generic[T]):
         return self._task.result()
 
 
+def check_expected(error: BaseException) -> None:
+    """What the outside did is a miss, a defect of ours is raised in the engine's loop."""
+    if not isinstance(error, CascadeError | OSError | asyncio.CancelledError):
+        raise error
+
+
 class PolledStore:
     """An open store and the loop it lives in; see the module's docstring."""
 
@@ -83,6 +89,10 @@ class PolledStore:
             return function(self.store)
         finally:
             asyncio._set_running_loop(None)
+
+    @property
+    def closed(self) -> bool:
+        return self._loop.is_closed()
 
     @property
     def pending(self) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ import vllm
 from cascade_aio.model import Namespace
 
 if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import OffloadKey, ReqContext
     from vllm.v1.kv_offload.config import OffloadingConfig
 
 MODEL_SAMPLE_BYTES = 1 << 20
@@ -54,6 +57,12 @@ def namespace_of(
         rank=":".join(map(str, ranks)),
         salt=salt,
     )
+
+
+def in_order(keys: Sequence[OffloadKey], request: ReqContext) -> bool:
+    """Whether ``keys`` come in the order of the request: then each has the one before it as its parent."""
+    places = [request.get_offload_key_position(key) for key in keys]
+    return all(a is not None and b is not None and a < b for a, b in itertools.pairwise(places))
 
 
 def _directory_fingerprint(model: str) -> str:

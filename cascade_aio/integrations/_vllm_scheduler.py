@@ -6,7 +6,6 @@ every worker's part of it is stored; a block whose load failed is a miss for a w
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from typing import TYPE_CHECKING
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.logger import init_logger
 
-from cascade_aio.errors import CascadeError
 from cascade_aio.integrations._opening import Place
-from cascade_aio.integrations._polled import PolledStore, Submitted
+from cascade_aio.integrations._polled import PolledStore, Submitted, check_expected
 from cascade_aio.integrations._vllm_names import namespace_of
 from cascade_aio.integrations._vllm_plan import LAYOUT, Move, Plan, name_of
 from cascade_aio.model import prefix_root
@@ -104,7 +102,7 @@ class Scheduler:
         error = asked.answer.error
         if error is None:  # vLLM may have got some of the blocks itself since it asked
             return min(max(0, asked.first + asked.answer.result - first), len(hashes))
-        _check_expected(error)
+        check_expected(error)
         logger.warning("cascade_aio cannot look up blocks: %s", error)
         return 0
 
@@ -184,9 +182,3 @@ class Scheduler:
 
     def close(self) -> None:
         self._polled.close()
-
-
-def _check_expected(error: BaseException) -> None:
-    """A defect of ours is raised in vLLM's loop, what the outside did is a miss."""
-    if not isinstance(error, CascadeError | OSError | asyncio.CancelledError):
-        raise error

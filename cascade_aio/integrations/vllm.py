@@ -17,16 +17,15 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import os
 import time
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cascade_aio.errors import CascadeError, ConfigError, ServiceUnavailableError
+from cascade_aio.errors import ConfigError, ServiceUnavailableError
 from cascade_aio.integrations._opening import place_of
-from cascade_aio.integrations._polled import PolledStore, Submitted
-from cascade_aio.integrations._vllm_names import namespace_of
+from cascade_aio.integrations._polled import PolledStore, Submitted, check_expected
+from cascade_aio.integrations._vllm_names import in_order, namespace_of
 from cascade_aio.model import BlockMeta, PrefixKey, prefix_root
 
 try:
@@ -176,7 +175,7 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         error = asked.error
         if error is None:
             return LookupResult.HIT if asked.result else LookupResult.MISS
-        self._check_expected(error)
+        check_expected(error)
         if time.monotonic() >= self._silent_until_s:
             logger.warning("cascade_aio cannot look up blocks: %s", error)
         self._silent_until_s = time.monotonic() + SILENT_SECONDS
@@ -207,9 +206,7 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         """
         keys = list(job_metadata.keys)
         names = [self._name(key) for key in keys]
-        places = [job_metadata.req_context.get_offload_key_position(key) for key in keys]
-        ordered = all(a is not None and b is not None and a < b for a, b in itertools.pairwise(places))
-        parents = [None, *names[:-1]] if ordered else [None] * len(names)
+        parents = [None, *names[:-1]] if in_order(keys, job_metadata.req_context) else [None] * len(names)
         rows = self._rows_of(job_metadata)
         for key in keys:
             self._failed_until_s.pop(key, None)
@@ -277,18 +274,12 @@ class CascadeTier(SecondaryTierManager):  # type: ignore[misc]
         )
 
     def _note_failure(self, job: _Job, key: OffloadKey, error: BaseException) -> None:
-        self._check_expected(error)
+        check_expected(error)
         if job.loading:
             self._failed_until_s[key] = time.monotonic() + FAILED_SECONDS
         if isinstance(error, ServiceUnavailableError):
             self._silent_until_s = time.monotonic() + SILENT_SECONDS
         logger.warning("cascade_aio could not %s a block: %s", "load" if job.loading else "store", error)
-
-    @staticmethod
-    def _check_expected(error: BaseException) -> None:
-        """A defect of ours is raised in vLLM's loop, what the outside did is a miss."""
-        if not isinstance(error, CascadeError | OSError | asyncio.CancelledError):
-            raise error
 
     # -- what is told
 

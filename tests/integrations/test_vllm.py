@@ -18,16 +18,19 @@ from typing import Any
 
 import pytest
 
-from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.config import StoreConfig, arena_name, make_config
 from cascade_aio.daemon.settings import arena_path
-from cascade_aio.segments import format as fmt
 from tests.integrations.vllm_drive import (
-    ENVIRONMENT,
+    BLOCK_TOKENS,
     EXAMPLES,
+    PROMPT_TOKENS,
+    SERVED_TOKENS_MIN,
     cascade_tier,
+    damage,
     engine,
     node_service,
+    prompt_of,
+    remove_arena,
     server,
     transfer,
 )
@@ -40,19 +43,6 @@ pytestmark = [
     ),
 ]
 
-PROMPT_TOKENS = 512
-SERVED_SHARE_MIN = 0.96
-SERVED_TOKENS_MIN = int(SERVED_SHARE_MIN * PROMPT_TOKENS)
-BLOCK_TOKENS = 32
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model") / "model"
-    make = f"import pathlib, restart; restart.make_model(pathlib.Path({str(directory)!r}), layers=4, hidden=256)"
-    subprocess.run([sys.executable, "-c", make], env=ENVIRONMENT, check=True)
-    return directory
-
 
 @pytest.fixture(autouse=True)
 def nothing_left_in_shared_memory(tmp_path: Path) -> Iterator[None]:
@@ -64,11 +54,6 @@ def nothing_left_in_shared_memory(tmp_path: Path) -> Iterator[None]:
     assert not left
 
 
-def prompt_of(tokens: int, seed: int) -> list[int]:
-    """As the example makes them."""
-    return [(number * 7919 + 13 + seed * 104729) % 31991 for number in range(tokens)]
-
-
 def run_example(tmp_path: Path, model: Path) -> tuple[dict[str, Any], str]:
     """One process: (what it printed, its log)."""
     command = [sys.executable, str(EXAMPLES / "restart.py")]
@@ -77,26 +62,6 @@ def run_example(tmp_path: Path, model: Path) -> tuple[dict[str, Any], str]:
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found, done.stdout + done.stderr
-
-
-def damage(root: Path) -> int:
-    """Zero some bytes in the payload of every block of the root, behind its back; returns how many."""
-    count = 0
-    for path in root.glob("writers/*/*.seg"):
-        content = bytearray(path.read_bytes())
-        header = fmt.decode_segment_header(memoryview(content), path=str(path))
-        assert header is not None
-        at = PAGE_BYTES
-        while content[at : at + len(fmt.RECORD_MAGIC)] == fmt.RECORD_MAGIC:
-            record = fmt.decode_record(memoryview(content)[at:], header.identity, path=str(path), offset=at)
-            assert record is not None
-            if record.kind == fmt.BLOCK:
-                middle = (at + record.header_pages * PAGE_BYTES + record.end) // 2
-                content[middle : middle + 64] = bytes(64)
-                count += 1
-            at = record.end
-        path.write_bytes(content)
-    return count
 
 
 def test_a_new_process_answers_from_the_store_and_never_from_damage(tmp_path: Path, model: Path) -> None:
@@ -217,9 +182,3 @@ def test_a_connector_of_its_own_loads_what_another_process_saved_and_recomputes_
             assert "could not load a block" in third.log
     finally:
         remove_arena(arena)
-
-
-def remove_arena(arena: Path) -> None:
-    """What a service keeps in shared memory for the next one."""
-    for path in arena.parent.glob(f"{arena.name}*"):
-        path.unlink()

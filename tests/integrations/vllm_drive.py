@@ -17,6 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cascade_aio.abc.storage import PAGE_BYTES
+from cascade_aio.segments import format as fmt
+
+PROMPT_TOKENS = 512
+SERVED_SHARE_MIN = 0.96
+SERVED_TOKENS_MIN = int(SERVED_SHARE_MIN * PROMPT_TOKENS)
+BLOCK_TOKENS = 32
+
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples" / "vllm"
 ANSWER = "@answer "
@@ -56,6 +64,37 @@ def cascade_tier(**settings: Any) -> dict[str, Any]:
     """A ``CascadeTier`` with a small store, or on a service."""
     small = {} if "service" in settings else {"shm_bytes": "128MiB"}
     return {"type": "CascadeTier", "module_path": "cascade_aio.integrations.vllm", **small, **settings}
+
+
+def prompt_of(tokens: int, seed: int) -> list[int]:
+    """As the example makes them."""
+    return [(number * 7919 + 13 + seed * 104729) % 31991 for number in range(tokens)]
+
+
+def damage(root: Path) -> int:
+    """Zero some bytes in the payload of every block of the root, behind its back; returns how many."""
+    count = 0
+    for path in root.glob("writers/*/*.seg"):
+        content = bytearray(path.read_bytes())
+        header = fmt.decode_segment_header(memoryview(content), path=str(path))
+        assert header is not None
+        at = PAGE_BYTES
+        while content[at : at + len(fmt.RECORD_MAGIC)] == fmt.RECORD_MAGIC:
+            record = fmt.decode_record(memoryview(content)[at:], header.identity, path=str(path), offset=at)
+            assert record is not None
+            if record.kind == fmt.BLOCK:
+                middle = (at + record.header_pages * PAGE_BYTES + record.end) // 2
+                content[middle : middle + 64] = bytes(64)
+                count += 1
+            at = record.end
+        path.write_bytes(content)
+    return count
+
+
+def remove_arena(arena: Path) -> None:
+    """What a service keeps in shared memory for the next one."""
+    for path in arena.parent.glob(f"{arena.name}*"):
+        path.unlink()
 
 
 class Process:
