@@ -18,7 +18,7 @@ import functools
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from cascade_aio.config import StoreConfig
@@ -122,13 +122,31 @@ class Service:
             self._sessions[session.number] = session
             await self._loop.connect_accepted_socket(lambda: session, connection)
             logger.info("%s connected", session)
-            await session.run()
+            with self._watched(session):
+                await session.run()
         finally:
             if session is None:
                 connection.close()
             else:
                 self._sessions.pop(session.number, None)
                 self._part(session)
+
+    @contextlib.contextmanager
+    def _watched(self, session: Session) -> Iterator[None]:
+        """End ``session`` with its process, whose connection lives on in processes that it has forked."""
+        try:
+            fd = os.pidfd_open(session.peer.pid)
+        except OSError as error:
+            if isinstance(error, ProcessLookupError):
+                session.peer_ended()
+            yield  # else it cannot be watched: its connection tells
+            return
+        self._loop.add_reader(fd, session.peer_ended)
+        try:
+            yield
+        finally:
+            self._loop.remove_reader(fd)
+            os.close(fd)
 
     async def _greet(self, connection: socket.socket) -> Session | None:
         """A session for a peer that may have one; ``None``: it was refused and told why."""

@@ -88,6 +88,10 @@ class Session(asyncio.Protocol):
             logger.warning("%s is cut off: %s", self, error)
             self.say_goodbye(f"protocol error: {error}")
 
+    def peer_ended(self) -> None:
+        """The process is dead: end, whoever has inherited its connection."""
+        self._end()
+
     def _end(self) -> None:
         self.requests.gone = True
         self._ended.set()

@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import errno
 import os
+import sys
 import uuid
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import numpy as np
@@ -316,3 +318,42 @@ async def test_a_process_that_cannot_be_watched_is_not_taken_for_dead(
         assert set(np.unique(kept)) == {1}
         del kept
         lease.release()
+
+
+async def test_what_a_dead_process_held_is_free_although_a_process_that_it_forked_lives(tmp_path: Path) -> None:
+    """As those of data loaders do: the child has inherited the connection, and never says a word."""
+    code = """
+import asyncio, os, sys
+import cascade_aio as ca
+
+async def main():
+    async with ca.connect(sys.argv[1]) as store:
+        lease = await store.get([info async for info in store.blocks()][0].block_id)
+        child = os.fork()
+        if not child:
+            os.read(0, 1)  # until the test closes it
+            os._exit(0)
+        print("forked", flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        name = await store.put(b"", b"leased")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, service.socket_path, stdin=PIPE, stdout=PIPE
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert await process.stdout.readline() == b"forked\n"
+            process.kill()
+            await eventually(lambda: service.clients == 1)
+            assert service.node.statistics()["service"]["lingering"] == 0
+            publisher = service._publisher
+            looks(service)
+            assert publisher.statistics()["clients"] == 1
+            await store.delete(name)
+        finally:
+            process.stdin.close()
+            await process.communicate()
