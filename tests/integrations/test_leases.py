@@ -27,9 +27,14 @@ def names_of(key: bytes) -> list[PrefixKey]:
     return [PrefixKey(key * 31 + bytes([part])) for part in range(PARTS)]
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may depend on the machine's load."""
+    monkeypatch.setattr(_leases, "ANSWER_SECONDS_MAX", ANSWER_SECONDS)
+
+
 @pytest.fixture
-def polled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PolledStore]:
-    monkeypatch.setattr(_leases, "ANSWER_SECONDS_MAX", ANSWER_SECONDS)  # nothing here may depend on the machine's load
+def polled(tmp_path: Path) -> Iterator[PolledStore]:
     settings = {"root": str(tmp_path / "root"), "shm_bytes": "16MiB", "segment_bytes": "16MiB"}
     store = PolledStore(place_of(settings, who="test"))
     yield store
@@ -146,7 +151,8 @@ def test_what_a_client_of_a_service_holds_others_find_when_that_was_killed(tmp_p
     root = tmp_path / "kv"
     try:
         with node_service(root) as (service, path):
-            place = place_of({"service": path, "reconnect_seconds_max": 0.1}, who="test")
+            settings = {"service": path, "wait_seconds": ANSWER_SECONDS, "reconnect_seconds_max": 0.1}
+            place = place_of(settings, who="test")
             scheduler, worker = PolledStore(place), PolledStore(place)
             leases = Leases(scheduler, names_of)
             put(scheduler, b"a")
@@ -156,7 +162,7 @@ def test_what_a_client_of_a_service_holds_others_find_when_that_was_killed(tmp_p
             assert load(worker, b"a") == [b"a" * 5000 + name for name in names_of(b"a")]
             assert answer(leases, scheduler, b"b") is False
             leases.give_back([b"a"])
-        with node_service(root) as (_, path):  # its arena was kept
+        with node_service(root):  # its arena was kept
             later = PolledStore(place)
             held = Leases(later, names_of)
             assert answer(held, later, b"a") is True
