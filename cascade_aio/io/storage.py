@@ -26,7 +26,7 @@ from cascade_aio.errors import ClosedError
 from cascade_aio.io.daemon_threads import DaemonThreads
 from cascade_aio.io.engine import EngineLimits, TransferEngine
 from cascade_aio.io.errors import explained
-from cascade_aio.io.files import DirectFile, FileLock, create_new, lock_file, open_existing, remove_created
+from cascade_aio.io.files import FILE_MODE, DirectFile, FileLock, create_new, lock_file, open_existing, remove_created
 from cascade_aio.io.ring import Ring, RingFactory
 from cascade_aio.io.select import open_engine
 from cascade_aio.io.waiting import call_with_undo
@@ -320,9 +320,13 @@ def _read_small(path: str) -> bytes:
         return file.read()
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
+
+
 def _write_small(path: str, temporary: str, data: Sequence[bytes | memoryview]) -> None:
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "xb", opener=_open_private) as file:
             for piece in data:
                 file.write(piece)
             file.flush()

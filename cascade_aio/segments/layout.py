@@ -144,16 +144,17 @@ async def look_at_root(storage: Storage, root: str, digest: str) -> Root | None:
     """
     if digest not in DIGEST_KINDS:
         raise ConfigError(f"digest={digest!r} is unknown; use one of {', '.join(DIGEST_KINDS)}")
+    names: set[str] = set()
     try:
         names = {entry.name for entry in await storage.list_directory(root)}
+        if ROOT_FILE in names:
+            return _check_root(root, await _read_json(storage, posixpath.join(root, ROOT_FILE)), digest)
     except NotADirectoryError:
         raise ConfigError(f"{root} is a file; name a directory for the store") from None
     except FileNotFoundError:
-        names = set()
+        pass
     except OSError as exc:
         raise ConfigError(f"{root} cannot be read: {exc.strerror}; check its permissions") from exc
-    if ROOT_FILE in names:
-        return _check_root(root, await _read_json(storage, posixpath.join(root, ROOT_FILE)), digest)
     if WRITERS in names and await _holds_segments(storage, root):
         raise ConfigError(
             f"{root} has lost its {ROOT_FILE} although {WRITERS}/ holds segments: restore that file from a copy (a new "

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -126,6 +127,17 @@ async def test_a_creation_that_finds_no_space_leaves_no_file(tmp_path: Path, mon
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == []
     await storage.aclose()
+
+
+async def test_what_is_written_is_private(tmp_path: Path) -> None:
+    """Checkpoints name blocks and prompts as segments do."""
+    storage = open_storage("threads")
+    try:
+        await storage.write_small(str(tmp_path / "small"), [b"names"])
+        await (await storage.create(str(tmp_path / "large"))).close()
+    finally:
+        await storage.aclose()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
 
 
 async def test_a_failed_replacement_leaves_the_old_file_and_no_other(
