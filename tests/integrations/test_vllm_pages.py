@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cascade_aio.errors import ConfigError
+from cascade_aio.integrations import _vllm_pages
 from cascade_aio.integrations._vllm_pages import Pages, Piece, pieces_of
 
 BLOCKS = 8
@@ -84,3 +85,22 @@ def test_a_chunk_of_another_size_is_refused_before_anything_is_written() -> None
 def test_a_cache_on_two_devices_is_refused() -> None:
     with pytest.raises(ConfigError, match="is on cpu, cuda:0"):
         Pages(caches([(0, 64)], tensors=[tensor(64, 1), tensor(64, 2, "cuda:0")]), 1)
+
+
+def test_a_device_is_filled_and_emptied_through_staging_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in host memory stand for the device's: what is copied where, not in which stream."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; see examples/vllm/README.md")
+    monkeypatch.setattr(_vllm_pages, "_staging", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    on_host, on_device = caches([(0, 64), (1, 40)]), caches([(0, 64), (1, 40)])
+    for each in on_device.tensors:
+        whole = torch.from_numpy(np.ascontiguousarray(each.tensor.numpy()))
+        each.tensor = SimpleNamespace(device="cuda:0", view=whole.view, whole=whole)
+    expected, stored = np.full(208, 7, np.uint8), np.full(208, 7, np.uint8)
+    for kv, target in ((on_host, expected), (on_device, stored)):
+        pages = Pages(kv, 2)
+        pages.gather(Piece(0, 1, [3]), target)
+        target.flags.writeable = False  # as a lease's bytes are
+        pages.scatter(target, Piece(0, 0, [1, 2]))
+    assert np.array_equal(stored, expected)
+    for host, device in zip(on_host.tensors, on_device.tensors, strict=True):
+        assert np.array_equal(device.tensor.whole.numpy(), host.tensor.numpy())
