@@ -68,8 +68,8 @@ class Holdings:
         self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
 
     def __bool__(self) -> bool:
-        pinned = self.pins is not None and any(True for _ in self.pins.pinned())
-        return pinned or bool(self._blocks or self._reservations)
+        """Whether the client may use anything of it: it may also pin, without a word, as long as it has its table."""
+        return bool(self._blocks or self._reservations) or (self.pins is not None and self.pins.is_alive())
 
     @property
     def leases(self) -> int:

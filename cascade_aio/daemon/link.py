@@ -189,6 +189,8 @@ class Link(asyncio.Protocol):
     async def aclose(self) -> None:
         """End the connection after what was queued has left. Repeated calls do nothing."""
         self._write()
+        if not self.outstanding:
+            self.close_view()  # before the service hears of the end, so that it need not wait for us
         if self._transport is not None:
             self._transport.close()
         await asyncio.wait((self._closed,))

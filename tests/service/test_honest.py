@@ -10,17 +10,19 @@ import os
 import sys
 import uuid
 from asyncio.subprocess import PIPE
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cascade_aio import BlockMeta, prefix_keys
+from cascade_aio import Block, BlockMeta, prefix_keys
 from cascade_aio.daemon import Service, connect
 from cascade_aio.daemon import protocol as p
 from cascade_aio.errors import LeaseError, ProtocolError, ServiceUnavailableError, TierFullError
 from cascade_aio.store.publishing import UPKEEP_TICKS
 from cascade_aio.testing.store import eventually
+from cascade_aio.tiers.directory import ClientPins
 from tests.service.conftest import forget_arena, running, served
 
 
@@ -357,3 +359,49 @@ asyncio.run(main())
         finally:
             process.stdin.close()
             await process.communicate()
+
+
+async def test_what_is_pinned_at_the_moment_of_being_cut_off_stays(tmp_path: Path) -> None:
+    """A pin needs no message, so it may come right after the service has looked for pins and found none."""
+    async with (
+        running(tmp_path / "kv") as service,
+        connect(service.socket_path) as store,
+        connect(service.socket_path) as other,
+    ):
+        name = await store.put(b"", bytes([1]) * (2 << 20))
+        pins = service._sessions[1].holdings.pins
+        assert pins is not None
+        look, leases = type(pins).pinned, list[Block]()
+
+        def look_and_be_late(self: ClientPins) -> Iterator[int]:
+            found = list(look(self))
+            if self is pins and not leases:
+                lease = store._getter.try_hot(name)
+                assert lease is not None
+                leases.append(lease)
+            return iter(found)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(pins), "pinned", look_and_be_late)
+            service._sessions[1].say_goodbye("cut off by the test")
+            await eventually(lambda: 1 not in service._sessions)
+            lease = leases.pop() if leases else await store.get(name)
+        kept = lease.value
+        for i in range(8):  # more than the arena holds
+            await other.put(b"", bytes([10 + i]) * (3 << 20))
+        assert set(np.unique(kept)) == {1}
+        del kept
+        lease.release()
+        await store.contains(name)
+        await eventually(lambda: service.node.statistics()["service"]["lingering"] == 0)
+
+
+async def test_clients_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path / "kv") as service:
+        for i in range(20):
+            async with connect(service.socket_path) as store:
+                lease = await store.get(await store.put(b"", bytes([i]) * 4096))
+                lease.release()
+            await eventually(lambda: not service.clients)
+            assert service.node.statistics()["service"]["lingering"] == 0
+        assert service._publisher.statistics()["clients"] == 0
