@@ -83,7 +83,7 @@ class Leases:
             return None if now_s < held.answer_by_s else False
         if held.until_s is None:
             held.until_s = now_s + self._settled(held)
-        elif held.missing and now_s >= held.until_s and not held.loads:
+        elif held.missing and now_s >= held.until_s:
             del self._held[key]
             return self._ask(key, now_s)
         if not held.missing:

@@ -39,7 +39,11 @@ _RESULTS = {True: LookupResult.HIT, False: LookupResult.MISS, None: LookupResult
 
 
 class Manager(OffloadingManager):  # type: ignore[misc]
-    """See the module's docstring. All calls come from the scheduler's thread."""
+    """See the module's docstring. All calls come from the scheduler's thread.
+
+    ``touch`` and ``take_events`` are vLLM's defaults: hits of the KV cache are no uses of ours, and what is stored and
+    evicted is the service's to tell, which other engines fill, too.
+    """
 
     def __init__(self, place: Place, roots: Sequence[bytes]) -> None:
         """``roots[rank]`` begins the names of that worker's chunks. Blocks until the service is connected."""
