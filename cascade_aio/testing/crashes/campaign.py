@@ -72,6 +72,7 @@ def run_campaign(
                     figures.failed(error)
                     if failures_max == 1:
                         raise
+                    sys.stderr.write(f"{error}\n")
                     if len(figures.failures) >= failures_max:
                         break
     finally:
@@ -152,8 +153,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.result.parent.mkdir(parents=True, exist_ok=True)
         options.result.write_text(text)
     sys.stdout.write(text)
-    for failure in result["total"]["failures"]:
-        sys.stderr.write(failure + "\n")
     for kind, reason in result["not_run"].items():
         sys.stderr.write(f"{kind} was not run: {reason}\n")
     return int(failed)

@@ -114,8 +114,10 @@ class LoopDisk(Disk):
             yield
         finally:
             _unmount(self.place)
+            _await_released(self._image)
             if fault == "power cut":
                 _unmount(self._outer)
+                _await_released(self._outer_image)
                 self._mount_outer()
             self._mount_inner()
 
@@ -196,6 +198,16 @@ def _unmount(point: Path) -> None:
             raise OSError(errno.EBUSY, f"detached while in use: {done.stderr.strip()}", str(point))
         if done.returncode:
             time.sleep(0.02)
+
+
+def _await_released(image: Path) -> None:
+    """Return once its loop device is gone. A copy of the mount in another mount namespace keeps the file system, which
+    would be found again as it is: failing. Raises ``OSError``."""
+    until_s = time.monotonic() + UNMOUNT_SECONDS_MAX
+    while done := subprocess.run(["losetup", "-j", str(image)], capture_output=True, text=True, check=True).stdout:
+        if time.monotonic() > until_s:
+            raise OSError(errno.EBUSY, f"still in use, perhaps in another mount namespace: {done.strip()}", str(image))
+        time.sleep(0.02)
 
 
 def _is_dead(point: Path) -> bool:
