@@ -276,8 +276,8 @@ class Block:
         else:
             self._release_views(copy)
 
-    def _release_views(self, copy: LeasedCopy) -> None:
-        """Release now if nobody else refers to the arrays, else when the last of them dies."""
+    def _release_views(self, copy: LeasedCopy, *, late: bool = False) -> None:
+        """Release now if nobody else refers to the arrays, else when the last dies. ``late``: by a finalizer."""
         arrays, views = [self._key, self._value, *(part() for part in self._parts)], self._views
         self._key = self._value = self._views = None
         self._parts = []
@@ -288,7 +288,7 @@ class Block:
                 survivors.watch(array)
         del array, arrays
         del views
-        survivors.armed()
+        survivors.armed(late=late)
 
     def __enter__(self) -> Self:
         self._leased()
@@ -310,7 +310,10 @@ class Block:
                 stacklevel=1,
                 source=self,
             )
-            self._lender.release_later(copy, self._number)
+            if self._views is None:
+                self._lender.release_later(copy, self._number)
+            else:  # ``value = (await store.get(name)).value``: the array keeps its bytes, as after ``release``
+                self._release_views(copy, late=True)
 
     def __repr__(self) -> str:
         if self._copy is None:
@@ -355,11 +358,11 @@ class Survivors:
         if self._armed and self._count == 0:
             self._lender.release_later(self._copy, self._number)
 
-    def armed(self) -> None:
-        """The lease's own references are gone: release now, or at the last death."""
+    def armed(self, *, late: bool = False) -> None:
+        """The lease's own references are gone: release now (``late``: from a finalizer), or at the last death."""
         self._armed = True
         if self._count == 0:
-            self._lender.release(self._copy, self._number)
+            (self._lender.release_later if late else self._lender.release)(self._copy, self._number)
 
 
 def caller_of_package() -> str:
