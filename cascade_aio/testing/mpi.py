@@ -160,7 +160,7 @@ def _version(mpiexec: str) -> str:
     environment = os.environ | MpiRuntime("openmpi", mpiexec, None, "").environment()
     try:
         done = subprocess.run(
-            [mpiexec, "--version"], capture_output=True, text=True, timeout=20, check=False, env=environment
+            [mpiexec, "--version"], capture_output=True, text=True, timeout=60, check=False, env=environment
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

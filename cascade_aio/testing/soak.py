@@ -37,6 +37,8 @@ ARENA_BYTES = 64 << 20
 START_SECONDS_MAX = 120.0
 """A machine that is busy with other things takes seconds to start Python."""
 SAMPLE_SECONDS = 1.0
+SETTLE_TRIES = 600
+"""Looks, 0.1 s apart, until everything must have been given back."""
 GROWTH_SHARE_MAX = 0.25
 GROWTH_BYTES_MAX = 48 << 20
 """Memory of the service may grow by this share or size from the end of its warm-up to the end of the run."""
@@ -325,7 +327,7 @@ class Soak:
 
     async def _all_given_back(self, store: ServiceStore) -> None:
         held: dict[str, Any] = {}
-        for _ in range(100):
+        for _ in range(SETTLE_TRIES):
             await store.flush()
             statistics = await store.statistics()
             shm, service = statistics["shm"], statistics["service"]
@@ -351,6 +353,7 @@ class Soak:
                 async with store.get(key_of(number)) as block:
                     if (block.key.tobytes(), block.value.tobytes()) != block_of(number):
                         self.report.faults.append(f"block {number} has wrong bytes at the end")
+                    self.report.compared_bytes += block.key.nbytes + block.value.nbytes
             except BlockNotFoundError:
                 self.report.faults.append(f"block {number} was flushed and is gone")
 

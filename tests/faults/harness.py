@@ -72,7 +72,7 @@ def open_at(root: Path, **settings: Any) -> Any:
         "io_backend": "threads",
         "tail_seconds_max": 60.0,
         "workers": 1,
-        "put_wait_seconds_max": 5.0,
+        "put_wait_seconds_max": 60.0,
     }
     return ca.open_store(root, **{**defaults, **settings})
 

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "shm_bytes": "16MiB",
     "gpu_bytes": "8MiB",
     "segment_bytes": "8MiB",
-    "put_wait_seconds_max": 5.0,
+    "put_wait_seconds_max": 60.0,
     "adopt_seconds": None,
     "workers": 2,
 }

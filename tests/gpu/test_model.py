@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from cascade_aio.errors import BlockNotFoundError, TierFullError
 from cascade_aio.store.opening import open_with
 from cascade_aio.testing.device import until_done
 from cascade_aio.testing.gpu import FakeGpu, Kernel
+from cascade_aio.testing.store import eventually
 from tests.gpu.conftest import SETTINGS
 
 STEPS = 250
@@ -180,9 +182,14 @@ async def test_any_calls_in_any_order(tmp_path: Path, seed: int) -> None:
                 await world.check()
         await world.do_release(0)
         await world.check()
-        statistics = store.statistics()["gpu"]["devices"][0]
-        assert (statistics["leases"], statistics["promoting"], statistics["damaged_blocks"]) == (0, 0, 0)
-        assert statistics["evicted_blocks"] > 0
+
+        def statistics() -> dict[str, Any]:
+            found: dict[str, Any] = store.statistics()["gpu"]["devices"][0]
+            return found
+
+        await eventually(lambda: (statistics()["leases"], statistics()["promoting"]) == (0, 0))
+        assert statistics()["damaged_blocks"] == 0
+        assert statistics()["evicted_blocks"] > 0
         gpu.free(world.pages)
         for stream in world.streams:
             gpu.destroy_stream(stream)

@@ -51,7 +51,7 @@ def open_small(tmp_path: Path, io_backend: str, arena: str) -> OpenStore:
                 "segment_bytes": "8MiB",
                 "io_backend": io_backend,
                 "arena": arena,
-                "put_wait_seconds_max": 5.0,
+                "put_wait_seconds_max": 60.0,
                 **settings,
             },
         )
