@@ -183,7 +183,9 @@ def load(path: pathlib.Path) -> ResultFile:
         raw = msgspec.json.decode(path.read_bytes())
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
-            raise BenchError(f"{path.name} has result format {found}, this suite writes {FORMAT}: measure anew")
+            raise BenchError(
+                f"{path.name} has result format {found}, this command writes {FORMAT}: measure anew, into another file"
+            )
         return msgspec.convert(raw, ResultFile)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise BenchError(f"{path.name} is not a result file of this suite: {error}") from error
@@ -230,7 +232,7 @@ def newest(folder: pathlib.Path, pattern: str = RESULT_GLOB) -> pathlib.Path:
     """The result file started last. Raises ``BenchError`` if there is none."""
     files = sorted(folder.glob(pattern), key=lambda path: load(path).started)
     if not files:
-        raise BenchError(f"no {pattern} in {folder.name}/: run `python -m bench run` first")
+        raise BenchError(f"no {pattern} in {folder.name}/: nothing of that kind was measured yet")
     return files[-1]
 
 
