@@ -412,6 +412,7 @@ class SegmentRecovery:
                 self._report.removed += 1
                 return
             file = await self._storage.open(entry.path, writable=True)
+            entry.scanned_bytes = min(entry.scanned_bytes, self._data_end)  # the file is cut there, sealed or not
             try:
                 await seal_file(self._storage, file, entry, self._tables, self._data_end)
                 self._report.sealed += 1

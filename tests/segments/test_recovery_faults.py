@@ -14,8 +14,8 @@ import pytest
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.errors import BlockNotFoundError, CorruptionError
 from cascade_aio.segments import format as fmt
-from cascade_aio.segments.checkpoint import covers_of
-from cascade_aio.segments.facts import BlockFact
+from cascade_aio.segments.checkpoint import Cover, covers_of
+from cascade_aio.segments.facts import BlockFact, LostFact, VanishedFact
 from cascade_aio.segments.scan import verify_records
 from cascade_aio.testing.memory import MemoryStorage, Operation
 from tests.segments.harness import QUIET, Block, Process, blocks_of, damages, running, start
@@ -69,6 +69,17 @@ async def look(storage: MemoryStorage, hook: Hook | None = None) -> tuple[Proces
     return process, set(blocks_of(facts)), len(damages(facts))
 
 
+def walked(content: bytes, identity: fmt.SegmentIdentity, path: str) -> list[fmt.RecordHeader]:
+    """Records of a segment in order, without the help of a scan."""
+    view, found, position = memoryview(content), [], PAGE_BYTES
+    while bytes(view[position : position + 8]) == fmt.RECORD_MAGIC:
+        header = fmt.decode_record(view[position:], identity, path=path, offset=position)
+        assert header is not None
+        found.append(header)
+        position = header.end
+    return found
+
+
 @pytest.mark.parametrize("sealed_sessions", [0, 3])
 async def test_a_storm_of_read_errors_at_opening_changes_no_segment(sealed_sessions: int) -> None:
     storage, blocks = await crashed(sealed_sessions=sealed_sessions)
@@ -102,6 +113,38 @@ async def test_a_header_of_zeros_is_no_damage_while_what_follows_cannot_be_read(
     process = await start(MemoryStorage(storage.disk))
     told = damages(await process.facts())
     assert [fact.reason for fact in told] == ([] if empty else ["no segment header, only zeros"])
+    await process.table.aclose()
+    process.claim.release()
+
+
+async def test_a_checkpoint_does_not_cover_what_a_seal_that_failed_has_cut_off() -> None:
+    """Seed 6432: the next opening took the file for damaged, and names noted in other segments went with its blocks."""
+    storage, blocks = await crashed(count=3)
+    ((path, content),) = bytes_of(storage).items()
+    process, _, _ = await look(MemoryStorage(storage.kill().disk))
+    (known,), _ = covers_of(process.table)
+    last = blocks[-1].record_bytes
+    end = max(record.end for record in walked(content, known.identity, path))
+    storage.disk.poke(path, end - last, bytes(last))  # a write that never came, which its writer knew of
+    process = await start(again := MemoryStorage(storage.disk))
+    cut = False
+
+    def fail_once_cut(operation: Operation) -> OSError | None:
+        nonlocal cut
+        cut |= operation.name == "truncate"
+        return OSError(errno.EIO, "failed", path) if cut and operation.name == "sync" else None
+
+    again.hooks.append(fail_once_cut)
+    facts = await process.facts([Cover(known.identity, end, sealed=False)])
+    assert process.recovery.report.seal_failures == 1
+    assert damages(facts) == []
+    (cover,), _ = covers_of(process.table)
+    assert cover.upto <= storage.disk.inode(path).size < end
+    await process.table.aclose()
+    process.claim.release()
+    process = await start(MemoryStorage(storage.disk))
+    facts = await process.facts([cover])
+    assert not [fact for fact in facts if isinstance(fact, LostFact | VanishedFact)]
     await process.table.aclose()
     process.claim.release()
 
