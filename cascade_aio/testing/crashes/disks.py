@@ -37,7 +37,7 @@ OUTER_BYTES = 900 * MIB
 INNER_BYTES = 640 * MIB
 """mkfs.xfs makes nothing smaller than 300 MiB. Both images are sparse."""
 
-UNMOUNT_SECONDS_MAX = 20.0
+UNMOUNT_SECONDS_MAX = 60.0
 """A file system stays busy until the kernel has put away a killed process; then it is detached by force."""
 
 _SHUTDOWN = 0x8004587D
