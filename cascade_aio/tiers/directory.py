@@ -11,6 +11,7 @@ and the argument; ``view`` is the client's side.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import dataclasses
 import errno
@@ -19,6 +20,9 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
 
 from cascade_aio._native import map_shared
 from cascade_aio._native.directory import INLINE_META_BYTES_MAX, Entry, NativeDirectory, PinTable, PinTables
@@ -85,13 +89,19 @@ class ClientPins:
             fresh = nbytes - self._given.get(slot, 0)
         return not self.given_bytes or self.given_bytes + fresh <= self.quota_bytes
 
-    def taken(self) -> list[int]:
+    def taken(self) -> npt.NDArray[np.intp]:
         """Slots that the client has pinned by itself: looks at the whole table."""
-        return [slot for slot in self._forget_let_go() if slot not in self._given]
+        pinned = self._forget_let_go()
+        for slot in self._given:
+            pinned[slot] = 0
+        return np.flatnonzero(np.frombuffer(pinned, dtype=np.uint8))
 
-    def _forget_let_go(self) -> list[int]:
-        pinned = list(self.pinned())
-        self._given = {slot: self._given[slot] for slot in pinned if slot in self._given}
+    def _forget_let_go(self) -> bytearray:
+        """Of every slot whether it is pinned; what was given and is not is forgotten."""
+        mask = np.zeros(self.table.slots, dtype=np.uint8)
+        mask[list(self.pinned())] = 1
+        pinned = bytearray(mask)
+        self._given = {slot: nbytes for slot, nbytes in self._given.items() if pinned[slot]}
         self.given_bytes = sum(self._given.values())
         return pinned
 
@@ -141,6 +151,8 @@ class ArenaDirectory:
         self._native = NativeDirectory(memory, geometry.slots, geometry.buckets, fmt.CELLS_AT, geometry.slots_at)
         self._free: list[int] = []
         self._unused = 0
+        self._slot_bytes = array.array("Q", bytes(8 * geometry.slots))
+        """Of the block in each slot, as far as this process has seen it: 100,000 of them are added up in some ms."""
         self._clients: list[ClientPins] = []
         self._tables = PinTables()
         self.published = 0
@@ -262,6 +274,7 @@ class ArenaDirectory:
             self.unpublished += 1
             return -1
         self.published += 1
+        self._slot_bytes[slot] = _bytes_of(entry)
         return slot
 
     def bind(self, slot: int, key: bytes) -> None:
@@ -307,6 +320,7 @@ class ArenaDirectory:
 
     def keep(self, slot: int) -> None:
         """The block stays, hidden until ``awaken``."""
+        self._slot_bytes[slot] = _bytes_of(self.entry(slot))
         self._native.mark(slot, SlotState.DORMANT)
         self.published += 1
 
@@ -400,9 +414,8 @@ class ArenaDirectory:
         What the owner gave it (and it may not have heard of yet) was bounded then. One block does not count: it is
         pinned before its size can be seen, and one may be larger than the quota.
         """
-        entries = (self.entry(slot) for slot in client.taken())
-        sizes = [entry.header_bytes + entry.value_offset + entry.value_bytes for entry in entries]
-        return sum(sizes) - max(sizes, default=0) > client.quota_bytes
+        sizes = np.frombuffer(self._slot_bytes, dtype=np.uint64)[client.taken()]
+        return int(sizes.sum()) - int(sizes.max(initial=0)) > client.quota_bytes
 
     def _table(self, memory: memoryview) -> PinTable:
         return PinTable(memory, self.slots, fmt.TOUCHES_AT, fmt.COUNTS_AT, self.geometry.touched_at)
@@ -452,6 +465,10 @@ class ArenaDirectory:
             "former_clients": sum(client.former for client in self._clients),
             "vetoes": self.vetoes,
         }
+
+
+def _bytes_of(entry: Entry) -> int:
+    return entry.header_bytes + entry.value_offset + entry.value_bytes
 
 
 def remove_files(arena_path: str) -> None:
