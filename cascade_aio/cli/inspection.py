@@ -79,7 +79,10 @@ def verify(settings: Settings, directory: PositionalRoot = None, json: Json = Fa
         out.print(f"{report['blocks']} blocks, {format_size(report['bytes'])} read: {verdict or 'all intact'}")
         if verdict:
             root = escape(shlex.quote(config.root))
-            err.print(f"to set damage aside and be told what is lost: cascade-aio repair {root}", soft_wrap=True)
+            cure = f"to set damage aside and be told what is lost: cascade-aio repair {root}"
+            if all(kind == "unreadable" for kind in _FINDINGS if report[kind]):  # says nothing about the bytes
+                cure = "what could not be read need not be damaged: mend what the lines above name, then verify again"
+            err.print(cure, soft_wrap=True)
     if any(report[kind] for kind in _FINDINGS):
         raise SystemExit(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -101,6 +102,25 @@ def test_verify_names_the_damage_and_exits_with_1(stored: tuple[Path, str], cli:
     got = cli("get", block_id, "-o", root / "back", "--root", root)
     assert got.code == 1
     assert not (root / "back").exists()
+
+
+def test_verify_sends_nobody_to_repair_what_it_could_only_not_read(
+    stored: tuple[Path, str], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = stored
+    real = os.open
+
+    def refuse(path: str | os.PathLike[str], flags: int, mode: int = 0o777, **more: int | None) -> int:
+        if os.fspath(path).endswith(".seg"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, flags, mode, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    told = cli("verify", root)
+    assert told.code == 1
+    assert "1 unreadable" in told.out
+    assert "verify again" in told.err
+    assert "repair" not in told.err
 
 
 def find_bytes(root: Path, wanted: bytes) -> tuple[Path, int]:
