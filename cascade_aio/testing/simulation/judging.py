@@ -34,6 +34,9 @@ WEATHER_S_MAX = 2.0
 TROUBLE_S = 30.0
 """Writes recover so long after a fault at the latest: the writer's pauses, and a shortage."""
 
+LOOK_S = 0.1
+"""A get that misses has looked at other writers once more within so long."""
+
 _WRITE_FAULTS = ("eio-write", "eio-sync", "eio-call", "slow", "stuck", "no-space")
 _READ_FAULTS = ("eio-read", "eio-call", "bad-sector", "misread")
 _WRITING = ("compact", "adopt", "verify")
@@ -174,7 +177,7 @@ class Judge:
         if not needed or not self.must(life, target):
             return
         world = self._world
-        if life.shaken or self.knows_less(process) or self._is_blind(life, target, why):
+        if life.shaken or self.knows_less(process) or self._is_blind(process, life, target, why):
             return
         evicted = world.evicted_so_far()
         if target.shared and evicted:
@@ -205,8 +208,10 @@ class Judge:
             return
         raise BrokenPromise(2, f"{target} is missing in life {life.number}: {why}")
 
-    def _is_blind(self, life: Life, target: Target, why: str) -> bool:
+    def _is_blind(self, process: Process, life: Life, target: Target, why: str) -> bool:
         """Whether only open segments of others can have it, of which nothing can be told (see ``oracle``)."""
+        if "not on stable storage when it was seen" in why and process.recent("eio-call", within_s=LOOK_S):
+            return True  # it was stored again elsewhere, and the look that would have told of it failed
         blocks = {target.block}
         if target.shared and target.name is not None:
             blocks = self._oracle.candidates(target.name)

@@ -49,6 +49,17 @@ class Injuries:
     def of_block(self, block: int) -> list[Injury]:
         return [injury for injury in self.found if block in injury.blocks]
 
+    def reaches(self, offset: int | None, injury: Injury) -> bool:
+        """Whether a report of damage in its file, from ``offset`` on, speaks of it: in it, or in damaged records before
+        it without a sound one between, which is one gap to who reads."""
+        start = injury.start
+        while offset is not None and offset < start:
+            before = [other.start for other in self.found if other.path == injury.path and other.end == start]
+            if not before:
+                return False
+            start = min(before)
+        return offset is None or offset < injury.end
+
     def add(self, disk: MemoryDisk, what: str, path: str, offset: int, nbytes: int) -> list[Injury]:
         """These bytes were damaged just now; the records that they hit."""
         self.count += 1

@@ -422,7 +422,7 @@ class _Run:
             if not injuries:
                 continue
             if not any(
-                report.path == injury.path and (report.offset is None or injury.start <= report.offset < injury.end)
+                report.path == injury.path and world.injuries.reaches(report.offset, injury)
                 for report in world.reports
                 for injury in injuries
             ):
