@@ -30,6 +30,8 @@ async def close_store(context: StoreContext) -> None:
             ResourceWarning,
             stacklevel=2,
         )
+        if context.publisher is not None:  # what is still read must not become the next owner's room
+            context.publisher.discard_arena()
     try:
         await _run_unless_stuck(context)
     finally:

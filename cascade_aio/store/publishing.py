@@ -97,7 +97,8 @@ class Publisher:
         self._arena.keep = True
 
     def discard_arena(self) -> None:
-        """The kernel may still write into the arena when this process is gone: nobody may take it over."""
+        """The kernel may still write into the arena, or a reader of ours read it, when this store is closed: nobody
+        may take it over."""
         self._arena.keep = False
 
     # -- for the service ------------------------------------------------------------------------

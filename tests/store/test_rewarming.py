@@ -224,6 +224,24 @@ async def test_an_arena_of_another_size_starts_empty_and_says_so(
     await again.aclose()
 
 
+async def test_an_arena_that_is_still_read_is_not_taken_over(tmp_path: Path, shm_dir: Path) -> None:
+    first = await reopened(tmp_path)
+    await first.put(b"", bytes([1]) * PART_BYTES, prefix=KEYS[0])
+    async with first.get(KEYS[0]) as block:
+        kept = block.value
+    del block
+    with pytest.warns(ResourceWarning, match="1 leases"):
+        await first.aclose()
+    again = await reopened(tmp_path)
+    for number in range(2, 82):  # more than the arena holds
+        await again.put(b"", bytes([number]) * PART_BYTES)
+    assert bytes(kept) == bytes([1]) * PART_BYTES
+    async with again.get(KEYS[0]) as block:
+        assert bytes(block.value) == bytes([1]) * PART_BYTES
+        assert block.tier is Tier.DISK
+    await again.aclose()
+
+
 async def test_an_arena_of_another_root_starts_empty(store: Store, tmp_path: Path) -> None:
     await store.aclose()
     options: dict[str, object] = {"shm_bytes": "4MiB", "arena": "kept", "warm_restart": True}
