@@ -299,10 +299,7 @@ class _Lingering:
                 return True
             except OSError as error:  # no descriptors left, or a kernel without
                 logger.warning("%s cannot be watched: %s", self.session, error)
-        try:
-            return pins is not None and not pins.is_alive()
-        except OSError:
-            return False
+        return pins is not None and not pins.is_alive()
 
     def _time_is_up(self) -> None:
         logger.warning("%s lives on; what it held is used again after %g s", self.session, self._seconds_max)

@@ -121,11 +121,13 @@ class ClientPins:
             yield from found
 
     def is_alive(self) -> bool:
-        """Whether some process still has the client's descriptor. One system call or two."""
+        """Whether some process still has the client's descriptor, as far as can be told. One system call or two."""
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
+        except OSError:  # no descriptors left: who cannot be asked for may live
+            return True
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

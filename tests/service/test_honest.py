@@ -407,3 +407,26 @@ async def test_clients_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
             await eventually(lambda: not service.clients)
             assert service.node.statistics()["service"]["lingering"] == 0
         assert service._publisher.statistics()["clients"] == 0
+
+
+async def test_a_service_without_descriptors_goes_on(tmp_path: Path) -> None:
+    """Looking whether a client lives takes one; without, it is taken to live."""
+    async with running(tmp_path / "kv") as service, connect(service.socket_path) as store:
+        name = await store.put(b"", b"bytes")
+        gone = service._sessions[1].holdings.pins
+        assert gone is not None
+        with pytest.MonkeyPatch.context() as patch:
+            open_, path = os.open, gone.path
+
+            def fail(file: str, *rest: int) -> int:
+                if file == path:
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                return open_(file, *rest)
+
+            patch.setattr(os, "open", fail)
+            assert gone.is_alive()
+            service._sessions[1].say_goodbye("cut off by the test")
+            await eventually(lambda: 1 not in service._sessions)
+        assert not service.failed.is_set()
+        async with store.get(name) as block:
+            assert bytes(block.value) == b"bytes"
