@@ -70,14 +70,24 @@ def small_shm(tmp_path: Path) -> Iterator[Path]:
     yield from _mounted(["-t", "tmpfs", "-o", "size=8m", "tmpfs"], tmp_path / "shm")
 
 
+def need_another_user() -> None:
+    """Skip where this process may not become ``NOBODY``: not root, or root of a container that has no such user."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user takes root")
+    try:
+        subprocess.run(["true"], user=NOBODY, group=NOBODY, extra_groups=[], check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"this root may not become another user: {error}")
+
+
 @pytest.fixture
 def child() -> Child:
     """``child(script, limits={...}, uid=..., **arguments)``: runs in a process of its own and returns what the
     script printed as JSON. ``arguments`` is a dictionary there; ``uid`` needs root."""
 
     def run(script: str, *, limits: dict[str, int] | None = None, uid: int | None = None, **arguments: Any) -> Any:
-        if uid is not None and os.geteuid() != 0:
-            pytest.skip("becoming another user takes root")
+        if uid is not None:
+            need_another_user()
         passed = json.dumps({"limits": limits or {}, "uid": uid, **arguments})
         done = subprocess.run(
             [sys.executable, "-c", _PRELUDE + textwrap.dedent(script), passed],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import cascade_aio as ca
-from tests.faults.conftest import NOBODY, Child, fill
+from tests.faults.conftest import NOBODY, Child, fill, need_another_user
 from tests.faults.harness import make_block, make_world, open_at, put
 
 BLOCKS = [make_block(seed, 30_000, 40_000) for seed in range(6)]
@@ -196,13 +196,14 @@ async def test_a_root_that_may_not_be_written(child: Child, tmp_path: Path, open
 
 async def test_a_segment_that_may_not_be_read(child: Child, tmp_path: Path, open_shm: Path) -> None:
     """It is told with its path; the rest of the root is usable, and nothing is removed."""
+    need_another_user()
     open_to_all(tmp_path)
     world = await make_world(tmp_path, "footer")
     segment = world.only("writers/*/*.seg")
     segment.chmod(0)
     for path in (world.root, *world.root.rglob("*")):
         if path != segment:
-            os.chown(path, NOBODY, NOBODY) if os.geteuid() == 0 else None
+            os.chown(path, NOBODY, NOBODY)
     what, count, damage = await asyncio.to_thread(
         child,
         _REFUSED,
