@@ -104,9 +104,9 @@ def serve(
         print_json(report)
         return
     store, node = report["store"], report["service"]
-    alone = report["shm"]["directory"]["used"]  # what clients found and pinned themselves is no get of this process
+    gets = store["gets"] + node["shared_hits"]  # what clients found and pinned themselves took no get of this process
     out.print(
-        f"served {node['connections']} connections: {store['gets'] + alone} gets, {store['misses']} misses, "
+        f"served {node['connections']} connections: {gets} gets, {store['misses']} misses, "
         f"{store['puts']} puts of {format_size(store['put_bytes'])}; {report['blocks']} blocks are safe in "
         f"{config.root}; {format_size(config.shm_bytes)} of memory stay with the arena {arena_path(config)} for the "
         f"next start (where there is to be none: rm {arena_path(config)}*)",

@@ -22,7 +22,7 @@ from cascade_aio.errors import ServiceUnavailableError
 INTERVAL_SECONDS_MIN = 0.1
 _RATES = (
     ("hits in shared memory", ("store", "shm_hits"), False),
-    ("hits by clients without a message", ("shm", "directory", "used"), False),
+    ("hits by clients without a message", ("service", "shared_hits"), False),
     ("hits on disk", ("store", "disk_hits"), False),
     ("misses", ("store", "misses"), False),
     ("puts", ("store", "puts"), False),

@@ -25,7 +25,7 @@ from cascade_aio.daemon.connector import Connector
 from cascade_aio.daemon.faults import to_error
 from cascade_aio.daemon.filling import ClientPutter, ClientReserveRequest
 from cascade_aio.daemon.lending import ClientDesk
-from cascade_aio.daemon.reading import ClientCounters, ClientGetter, report_for_ever
+from cascade_aio.daemon.reading import ClientCounters, ClientGetter, Reporter
 from cascade_aio.daemon.settings import check_socket_path, socket_path_of
 from cascade_aio.errors import ConfigError, CorruptionError, ServiceUnavailableError
 from cascade_aio.io.workers import ByteWorkers
@@ -129,7 +129,8 @@ class ServiceStore:
         self._counters = ClientCounters()
         self._getter = ClientGetter(connector, self._desk, self._counters)
         self._putter = ClientPutter(connector, engine, self._counters)
-        connector.spawn(report_for_ever(connector, self._counters), "cascade-client-report")
+        self._reporter = Reporter(connector, self._counters)
+        connector.spawn(self._reporter.run(), "cascade-client-report")
 
     # -- reads ----------------------------------------------------------------------------------
 
@@ -339,6 +340,7 @@ class ServiceStore:
         What was put stays in the service, which makes it durable by and by; ``flush`` first to be sure.
         """
         if not self._connector.closed:
+            self._reporter.tell()
             self._desk.settle()
             await self._connector.aclose()
             await self._engine.aclose()

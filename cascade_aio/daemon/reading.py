@@ -167,13 +167,24 @@ class ClientGetter:
         return bool(reply.value)
 
 
-async def report_for_ever(connector: Connector, counters: ClientCounters) -> None:
-    """Tell the service now and then what it cannot see: calls that shared memory answered."""
-    told = (0, 0)
-    while True:
-        await asyncio.sleep(REPORT_SECONDS)
-        now = (counters.lookups, counters.shared_gets)
-        link = connector.link
-        if now != told and link is not None:
-            link.note(p.Report(now[0] - told[0], now[1] - told[1]))
-            told = now
+class Reporter:
+    """Tells the service what it cannot see: calls that shared memory answered."""
+
+    def __init__(self, connector: Connector, counters: ClientCounters) -> None:
+        self._connector = connector
+        self._counters = counters
+        self._told = (0, 0)
+
+    async def run(self) -> None:
+        """Tell it now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell it what is new, if there is a link: also before the last one is ended."""
+        now = (self._counters.lookups, self._counters.shared_gets)
+        link = self._connector.link
+        if now != self._told and link is not None:
+            link.note(p.Report(now[0] - self._told[0], now[1] - self._told[1]))
+            self._told = now

@@ -14,6 +14,7 @@ import pytest
 
 from cascade_aio.cli import main
 from cascade_aio.daemon import connect
+from cascade_aio.testing.store import eventually
 from tests.service.conftest import KEYS, running
 
 SECONDS_MAX = 60.0
@@ -46,6 +47,23 @@ async def test_prefetch_promotes_what_a_file_names(tmp_path: Path) -> None:
         code, out, _ = await command("prefetch", *where, "--keys", str(tmp_path / "keys"))
         assert code == 0
         assert "3 were there" in out
+
+
+async def test_hits_without_a_message_are_counted_to_the_last(tmp_path: Path) -> None:
+    """A client that ends before its next report tells what it has not told yet; ``top`` shows what was told."""
+    async with running(tmp_path / "kv") as service:
+        async with connect(service.socket_path) as store:
+            await store.put(b"", b"value", prefix=KEYS[0])
+            for _ in range(50):
+                async with store.get(KEYS[0]):
+                    pass
+            alone = store.statistics()["shared_gets"]
+            assert alone
+        await eventually(lambda: service.node.counters.shared_hits == alone)
+        code, out, err = await command("top", "--socket", service.socket_path, "--count", "1")
+        assert code == 0, err
+        (row,) = (line for line in out.splitlines() if "without a message" in line)
+        assert row.split()[-1] == str(alone)
 
 
 async def test_top_looks_and_ends(tmp_path: Path) -> None:
