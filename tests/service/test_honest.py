@@ -161,7 +161,7 @@ async def test_calls_that_wait_for_their_turn_are_cancelled_and_end_with_the_con
             under_way = [asyncio.ensure_future(store.wait_ready()) for _ in range(2)]
             waiting = [asyncio.ensure_future(store.contains(name)) for _ in range(5)]
             await asyncio.sleep(0)
-            service._place.stop_listening()
+            Path(service.socket_path).unlink()  # nobody comes back
             for session in list(service._sessions.values()):
                 session.say_goodbye("cut off by the test")
             for call in (*under_way, *waiting):
