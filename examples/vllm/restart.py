@@ -71,7 +71,7 @@ def transfer_settings(tier: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_engine(model: str, transfer: dict[str, Any] | None) -> Any:
+def make_engine(model: str, transfer: dict[str, Any] | None, **options: Any) -> Any:
     """vLLM's ``LLM``, warmed up with a prompt that is not ours; ``transfer`` is its ``kv-transfer-config``."""
     from vllm import LLM
     from vllm.config import KVTransferConfig
@@ -86,6 +86,7 @@ def make_engine(model: str, transfer: dict[str, Any] | None) -> Any:
         max_model_len=8192,
         disable_log_stats=False,
         kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
+        **options,
     )
     ask(engine, [7] * 64)
     return engine

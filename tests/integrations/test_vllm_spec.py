@@ -1,11 +1,12 @@
 """The real vLLM on a CPU with a node service's arena in place of its CPU tier.
 
-Starts vLLM five times: some minutes, with ``make e2e-vllm``. Where vLLM is not installed all of it is skipped.
+Starts vLLM six times: some minutes, with ``make e2e-vllm``. Where vLLM is not installed all of it is skipped.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from cascade_aio.config import make_config
 from cascade_aio.daemon.settings import arena_path
 from tests.integrations.vllm_drive import (
     BLOCK_TOKENS,
+    ENVIRONMENT,
     PROMPT_TOKENS,
     SERVED_TOKENS_MIN,
     damage,
@@ -90,3 +92,21 @@ def test_two_engines_share_a_service_and_load_what_is_in_its_arena_when_it_has_d
             assert held["tokens"] == computed[1]
             fresh = second.ask(PROMPT_TOKENS, 5)["tokens"]
         assert first.ask(PROMPT_TOKENS, 5)["tokens"] == fresh
+
+
+def test_two_workers_store_and_load_their_parts_and_nothing_from_before_a_reset(
+    root: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two workers of vLLM on CPUs take two cores")
+    monkeypatch.setitem(ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    with node_service(root) as (_, path), engine(model, config(path), tensor_parallel_size=2) as both:
+        computed = both.ask(PROMPT_TOKENS, 6)
+        both.forget(connector=False)
+        loaded = both.ask(PROMPT_TOKENS, 6)
+        both.forget(connector=True)
+        again = both.ask(PROMPT_TOKENS, 6)
+    assert [answer["tokens"] for answer in (loaded, again)] == [computed["tokens"]] * 2
+    assert computed["cached_tokens"] == again["cached_tokens"] == 0
+    assert loaded["cached_tokens"] >= SERVED_TOKENS_MIN

@@ -1,8 +1,9 @@
 """One vLLM engine that answers prompts named on its standard input; see ``test_vllm.py``.
 
-    python vllm_child.py MODEL 'KV-TRANSFER-CONFIG as JSON'
+    python vllm_child.py MODEL 'KV-TRANSFER-CONFIG as JSON' ['ENGINE OPTIONS as JSON']
 
-A line ``[tokens, seed]`` asks, an empty one ends; answers are lines that begin with ``ANSWER``.
+A line ``[tokens, seed]`` asks, ``true`` or ``false`` lets the engine forget its own prefix cache, with or without the
+connector's; an empty one ends. Answers are lines that begin with ``ANSWER``.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ ANSWER = "@answer "
 def main() -> None:
     restart = importlib.import_module("restart")  # of the example, which is no package
 
-    engine = restart.make_engine(sys.argv[1], json.loads(sys.argv[2]))
+    options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    engine = restart.make_engine(sys.argv[1], json.loads(sys.argv[2]), **options)
     print(f"{ANSWER}null", flush=True)
     for line in sys.stdin:
         if not line.strip():
             break
-        tokens, seed = json.loads(line)
-        print(ANSWER + json.dumps(restart.ask(engine, restart.prompt_of(tokens, seed))), flush=True)
+        asked = json.loads(line)
+        if isinstance(asked, bool):
+            answer = engine.reset_prefix_cache(reset_connector=asked)
+        else:
+            answer = restart.ask(engine, restart.prompt_of(*asked))
+        print(ANSWER + json.dumps(answer), flush=True)
     engine.llm_engine.engine_core.shutdown()
 
 

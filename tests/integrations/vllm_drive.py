@@ -200,9 +200,11 @@ def process(command: list[str], **options: Any) -> Iterator[Process]:
 
 
 @contextlib.contextmanager
-def engine(model: Path, config: dict[str, Any]) -> Iterator[Engine]:
+def engine(model: Path, config: dict[str, Any], **options: Any) -> Iterator[Engine]:
     """An engine without a server; ends in order when the scope does."""
-    with process([sys.executable, str(HERE / "vllm_child.py"), str(model), json.dumps(config)]) as child:
+    with process(
+        [sys.executable, str(HERE / "vllm_child.py"), str(model), json.dumps(config), json.dumps(options)]
+    ) as child:
         child.wait_line(ANSWER)
         yield Engine(child)
         child.say("")
@@ -221,6 +223,11 @@ class Engine:
         self._child.say(json.dumps([tokens, seed]))
         answer: dict[str, Any] = json.loads(self._child.wait_line(ANSWER))
         return answer
+
+    def forget(self, *, connector: bool) -> None:
+        """The engine's own prefix cache, and what its connector stored so far."""
+        self._child.say(json.dumps(connector))
+        assert json.loads(self._child.wait_line(ANSWER)) is True
 
 
 class Server:
