@@ -125,7 +125,7 @@ async def test_a_flush_does_not_speak_for_what_was_put_while_it_was_under_way(tm
 async def test_more_puts_at_once_than_requests_wait_for_each_other(tmp_path: Path) -> None:
     """What the first ones wait for, a seal, does not stand behind the last ones in the socket."""
     quota = {"requests_per_client_max": 8, "reserved_bytes_per_client_max": 1 << 20}
-    async with served(tmp_path / "kv", service=quota, put_wait_seconds_max=20.0) as store:
+    async with served(tmp_path / "kv", service=quota, put_wait_seconds_max=60.0) as store:
         blocks = [bytes([i]) * 300_000 for i in range(64)]
         names = await asyncio.gather(*(store.put(b"", block) for block in blocks))
         assert len(set(names)) == 64
