@@ -90,9 +90,8 @@ def test_damaged_payloads_are_set_aside_and_named() -> None:
         (lambda disk, directory, segment: zero(disk, segment, disk.files[segment].size - PAGE_BYTES), 0),
         (lambda disk, directory, segment: zero(disk, segment, disk.files[segment].size - 2 * PAGE_BYTES), 0),
         (
-            lambda disk, directory, segment: (
-                zero(disk, segment, PAGE_BYTES + 2 * RECORD_BYTES + 3 * PAGE_BYTES),
-                zero(disk, segment, disk.files[segment].size - 2 * PAGE_BYTES),
+            lambda disk, directory, segment: zero(
+                disk, segment, PAGE_BYTES + 2 * RECORD_BYTES + 3 * PAGE_BYTES, disk.files[segment].size - 2 * PAGE_BYTES
             ),
             1,
         ),

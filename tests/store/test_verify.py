@@ -98,8 +98,9 @@ def test_a_segment_that_goes_while_the_store_is_open() -> None:
     run(story)
 
 
-def zero(disk: MemoryDisk, path: str, offset: int) -> None:
-    disk.poke(path, offset, bytes(64))
+def zero(disk: MemoryDisk, path: str, *offsets: int) -> None:
+    for offset in offsets:
+        disk.poke(path, offset, bytes(64))
 
 
 @pytest.mark.parametrize(
