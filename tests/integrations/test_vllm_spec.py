@@ -44,6 +44,16 @@ def root(tmp_path: Path) -> Iterator[Path]:
     remove_arena(Path(arena_path(make_config(str(root)))))
 
 
+@pytest.fixture
+def nothing_left_of_workers() -> Iterator[None]:
+    """Workers on CPUs talk through shared memory that vLLM leaves behind."""
+    memory = Path("/dev/shm")
+    before = set(memory.glob("vllm_dist_*cpushm*"))
+    yield
+    for path in set(memory.glob("vllm_dist_*cpushm*")) - before:
+        path.unlink()
+
+
 def config(socket_path: str, **settings: Any) -> dict[str, Any]:
     return {
         "kv_connector": "OffloadingConnector",
@@ -94,6 +104,7 @@ def test_two_engines_share_a_service_and_load_what_is_in_its_arena_when_it_has_d
         assert first.ask(PROMPT_TOKENS, 5)["tokens"] == fresh
 
 
+@pytest.mark.usefixtures("nothing_left_of_workers")
 def test_two_workers_store_and_load_their_parts_and_nothing_from_before_a_reset(
     root: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
