@@ -59,7 +59,9 @@ def test_put_says_so_if_the_root_is_too_small_for_all(tmp_path: Path, cli: Cli) 
     stored = {row["block_id"] for row in call.json if row["stored"]}
     assert 0 < len(stored) < len(files)
     assert f"{len(files) - len(stored)} of {len(files)} blocks had to make room" in call.err
-    assert {row["block_id"] for row in cli("ls", tmp_path / "root", "--json").json} == stored
+    left = {row["block_id"] for row in cli("ls", tmp_path / "root", "--json").json}
+    assert left
+    assert left <= stored
 
 
 def test_an_arena_that_the_machine_does_not_grant_is_told(tmp_path: Path, cli: Cli) -> None:
