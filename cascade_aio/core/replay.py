@@ -15,7 +15,7 @@ Must not know: files, formats of traces, particular policies.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from cascade_aio.abc.eviction import EvictionPolicy
 from cascade_aio.errors import ConfigError
@@ -27,7 +27,8 @@ TRACE_EVENTS_MAX = 1 << 28
 class ReplayTrace:
     """Requests as chains of nodes. ``name`` is for reports; ``token_bytes`` makes tokens bytes.
 
-    ``chains``, ``tokens`` (per node) and ``parents`` (per node, -1 for none) are to be read only.
+    ``chains``, ``tokens`` (per node), ``parents`` (per node, -1 for none) and ``prompt_tokens`` (of a node and
+    all before it in its prompt) are to be read only.
     """
 
     def __init__(self, name: str, *, token_bytes: int = 1) -> None:
@@ -38,6 +39,7 @@ class ReplayTrace:
         self.chains: list[list[int]] = []
         self.tokens: list[int] = []
         self.parents: list[int] = []
+        self.prompt_tokens: list[int] = []
         self._nodes: dict[tuple[int, int], int] = {}
         self._events = 0
 
@@ -58,6 +60,7 @@ class ReplayTrace:
             if node == len(self.tokens):
                 self.tokens.append(count)
                 self.parents.append(parent)
+                self.prompt_tokens.append(count + (self.prompt_tokens[parent] if parent >= 0 else 0))
             chain.append(node)
         if chain:
             self.chains.append(chain)
@@ -124,40 +127,40 @@ def replay(
     """
     capacity, sizes = _budget(trace, capacity_blocks, capacity_bytes)
     node_bytes = [count * trace.token_bytes for count in trace.tokens]
-    parents, tokens = trace.parents, trace.tokens
+    parents, prompt_tokens = trace.parents, trace.prompt_tokens
     resident = bytearray(trace.nodes)
     used = hit_blocks = hit_tokens = all_tokens = evicted = 0
+    touch, admit, victim_of, remove = policy.touch, policy.admit, policy.victim, policy.remove
     for chain in trace.chains:
-        for node in chain:
-            if not resident[node]:
-                break
-            hit_blocks += 1
-            hit_tokens += tokens[node]
         missing = [node for node in chain if not resident[node]]
-        all_tokens += sum(tokens[node] for node in chain)
-        for node in _touched(chain, leaf_first):
-            if resident[node]:
-                policy.touch(node)
-            elif not leaf_first:
-                policy.admit(node, parent=parents[node], nbytes=node_bytes[node], identity=node)
+        hits = chain.index(missing[0]) if missing else len(chain)
+        if hits:
+            hit_blocks += hits
+            hit_tokens += prompt_tokens[chain[hits - 1]]
+        all_tokens += prompt_tokens[chain[-1]]
         if leaf_first:
+            for node in reversed(chain):
+                if resident[node]:
+                    touch(node)
             for node in missing:
-                policy.admit(node, parent=parents[node], nbytes=node_bytes[node], identity=node)
+                admit(node, parent=parents[node], nbytes=node_bytes[node], identity=node)
+        else:
+            for node in chain:
+                if resident[node]:
+                    touch(node)
+                else:
+                    admit(node, parent=parents[node], nbytes=node_bytes[node], identity=node)
         for node in missing:
             resident[node] = 1
-            used += sizes[node] if sizes else 1
+        used += sum([sizes[node] for node in missing]) if sizes else len(missing)
         while used > capacity:
-            victim = policy.victim()
+            victim = victim_of()
             assert victim is not None, "nothing is pinned between requests: somebody may go"
-            policy.remove(victim)
+            remove(victim)
             resident[victim] = 0
             used -= sizes[victim] if sizes else 1
             evicted += 1
     return ReplayCount(len(trace.chains), trace.events, hit_blocks, all_tokens, hit_tokens, evicted, trace.token_bytes)
-
-
-def _touched(chain: list[int], leaf_first: bool) -> Iterable[int]:
-    return reversed(chain) if leaf_first else chain
 
 
 def _budget(

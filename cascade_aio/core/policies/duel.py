@@ -79,13 +79,16 @@ class _QueueShadow:
         self._queues.set_order(order)
 
     def use(self, hashed: int, kind: int, now: int, room: int) -> None:
-        queues = self._queues
-        while len(self._slots) > room:  # of uses before this one: what the newest is may still turn out
-            self._drop(queues.first())
-        slot = self._slots.get(hashed)
-        if slot is None:
-            slot = self._slots[hashed] = self._new_slot(hashed)
+        queues, slots = self._queues, self._slots
+        while len(slots) > room:  # of uses before this one: what the newest is may still turn out
+            slot = queues.take_first()
+            del slots[self._names[slot]]
+            self._free.append(slot)
+        held = slots.get(hashed)
+        if held is None:
+            slot = slots[hashed] = self._new_slot(hashed)
         else:
+            slot = held
             self.hits += 1
             queues.unlink(slot)
         queues.tick[slot] = now
@@ -101,8 +104,10 @@ class _QueueShadow:
         self._queues.advance(now)
 
     def shrink(self, threshold: int) -> None:
-        for slot in [slot for name, slot in self._slots.items() if name >= threshold]:
-            self._drop(slot)
+        for name, slot in [(name, slot) for name, slot in self._slots.items() if name >= threshold]:
+            self._queues.unlink(slot)
+            del self._slots[name]
+            self._free.append(slot)
 
     def _new_slot(self, hashed: int) -> int:
         if self._free:
@@ -113,11 +118,6 @@ class _QueueShadow:
         self._queues.ensure(len(self._names))
         return len(self._names) - 1
 
-    def _drop(self, slot: int) -> None:
-        self._queues.unlink(slot)
-        del self._slots[self._names[slot]]
-        self._free.append(slot)
-
 
 class Duel:
     """The shadows and their scores. Deterministic; ``use`` is O(1) amortised but for a rare halving of the
@@ -125,6 +125,8 @@ class Duel:
 
     def __init__(self) -> None:
         self._shift = SHIFT_MIN
+        self.threshold = _HASHES >> SHIFT_MIN
+        """A hash below it is in the sample."""
         self._learnt = _QueueShadow(LEAST_RECENT)
         self._queued = (self._learnt, _QueueShadow(LEAST_USED), _QueueShadow(KEEP_OLD))
         self._shadows: tuple[_Shadow, ...] = (*self._queued, _RecencyShadow())
@@ -133,11 +135,6 @@ class Duel:
         self._uses = 0
         self.ruler: Order | None = None
         """The simple order that should rule now; ``None`` for the learnt one."""
-
-    @property
-    def threshold(self) -> int:
-        """A hash below it is in the sample."""
-        return _HASHES >> self._shift
 
     def set_learnt(self, order: Order) -> None:
         self._learnt.set_order(order)
@@ -151,6 +148,7 @@ class Duel:
         room = (resident >> self._shift) + 1
         if room > SLOTS_MAX:
             self._shift += 1
+            self.threshold //= 2
             self._to_shrink = list(self._shadows)
             return False
         if self._to_shrink:  # one at a time, for the sake of who waits

@@ -43,8 +43,9 @@ class GhostTable:
 
     def put(self, hashed: int, uses: int, trait: int, tick: int) -> None:
         """Remember ``uses`` (at least 1) and ``trait``, both at most ``COUNT_MAX``, and the event of the last use."""
-        when = (tick // TICK_EVENTS & _TICK_MASK) << _TICK_SHIFT
-        self._table[hashed & self._mask] = hashed & _TAG_MASK | when | uses << _TRAIT_BITS | trait
+        self._table[hashed & self._mask] = (
+            hashed & _TAG_MASK | (tick // TICK_EVENTS & _TICK_MASK) << _TICK_SHIFT | uses << _TRAIT_BITS | trait
+        )
 
     def take(self, hashed: int) -> tuple[int, int, int]:
         """``(uses, trait, tick)`` of a remembered block, which is forgotten, or zeros."""

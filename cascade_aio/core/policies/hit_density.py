@@ -120,8 +120,12 @@ class HitDensity:
             self._hash[slot] = hashed = _mix(identity)
             uses, trait, tick = self._ghosts.take(hashed)
         self._flags[slot] = flags
-        self._uses[slot] = uses + (uses < COUNT_MAX)
-        self._trait[slot] = mean_interval(uses, trait, max(self._now - tick, 1)) if uses else self._next_turn(above)
+        if uses:
+            self._uses[slot] = uses + 1 if uses < COUNT_MAX else COUNT_MAX
+            self._trait[slot] = mean_interval(uses, trait, max(self._now - tick, 1))
+        else:
+            self._uses[slot] = 1
+            self._trait[slot] = self._next_turn(above)
         if above:
             self._gain_child(above)
         self._use(slot)
@@ -130,12 +134,16 @@ class HitDensity:
         """Two uses with no other event between count as one (a put that is read at once)."""
         slot = node + 1
         assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
-        if self._queues.tick[slot] == self._now:
+        queues = self._queues
+        unused = self._now - queues.tick[slot]
+        if not unused:
             return
         uses = self._uses[slot]
-        self._trait[slot] = mean_interval(uses, self._trait[slot], self._now - self._queues.tick[slot])
+        self._trait[slot] = mean_interval(uses, self._trait[slot], unused)
         if uses < COUNT_MAX:
             self._uses[slot] = uses + 1
+        if queues.queue[slot]:
+            queues.unlink(slot)
         self._use(slot)
 
     def pin(self, node: int) -> None:
@@ -157,25 +165,25 @@ class HitDensity:
     def remove(self, node: int) -> None:
         """See ``EvictionPolicy``: it has left the tier, evicted or not."""
         slot = node + 1
-        assert self._flags[slot] & _RESIDENT, f"node {node} is not in the tier"
+        flags = self._flags[slot]
+        assert flags & _RESIDENT, f"node {node} is not in the tier"
         assert not self._pins[slot], f"node {node} is pinned"
+        queues = self._queues
         self._is_full = True
         self._resident -= 1
         self._admitted_bytes -= self._nbytes[slot]
-        if self._queues.queue[slot]:
-            self._queues.unlink(slot)
+        if queues.queue[slot]:
+            queues.unlink(slot)
         elif slot == self._newest:
             self._newest = 0
-        if self._flags[slot] & _KNOWN:
-            self._ghosts.put(self._hash[slot], self._uses[slot], self._trait[slot], self._queues.tick[slot])
+        if flags & _KNOWN:
+            self._ghosts.put(self._hash[slot], self._uses[slot], self._trait[slot], queues.tick[slot])
         self._flags[slot] = 0
         above = self._parent[slot]
         if above:
-            self._children[above] -= 1
-            if self._children[above] or self._pins[above] or above == self._newest:
-                return
-            if self._flags[above] & _RESIDENT:
-                self._queues.put_back(above, self._class(above), self._now)
+            children = self._children[above] = self._children[above] - 1
+            if not children and self._flags[above] & _RESIDENT and not self._pins[above] and above != self._newest:
+                queues.put_back(above, self._class(above), self._now)
 
     def victim(self) -> int | None:
         """The evictable node of the least dense queue; asked again without other events, the same one."""
@@ -213,31 +221,30 @@ class HitDensity:
         return NODE_BYTES * len(self._flags) + self._ghosts.nbytes
 
     def _use(self, slot: int) -> None:
+        """A node that is in no queue was used."""
         now = self._now = self._now + 1
-        queues = self._queues
-        queues.tick[slot] = now
+        self._queues.tick[slot] = now
         if self._hash[slot] < self._watched and self._flags[slot] & _KNOWN:
             self._observe(slot, now)
-        if queues.queue[slot]:
-            queues.unlink(slot)
-        newest, self._newest = self._newest, slot
-        if newest and newest != slot:
-            self._queue(newest)
+        newest = self._newest
+        if newest != slot:
+            self._newest = slot
+            if newest and not self._children[newest]:
+                self._queue(newest)
         if now >= self._advance_at:
             self._keep_up(now)
 
     def _observe(self, slot: int, now: int) -> None:
         """Let the samples see the use of a block that is in one of them."""
-        hashed, kind = self._hash[slot], self._class(slot)
-        if hashed < self._sample.threshold:
-            self._sample.use(hashed, _LEARNT_OF_CLASS[kind], now)
-        duel = self._duel
+        hashed, kind, sample, duel = self._hash[slot], self._class(slot), self._sample, self._duel
+        if hashed < sample.threshold:
+            sample.use(hashed, _LEARNT_OF_CLASS[kind], now)
         if hashed < duel.threshold and duel.use(hashed, kind, now, self._resident, is_full=self._is_full):
             self._enforce()
 
     def _queue(self, slot: int) -> None:
         """Queue a node behind all others of its class if it is evictable (and none used since is queued)."""
-        if not self._children[slot] and not self._pins[slot] and self._flags[slot] & _RESIDENT:
+        if not self._children[slot] and not self._pins[slot]:
             self._queues.append(slot, self._class(slot))
 
     def _class(self, slot: int) -> int:
@@ -256,8 +263,9 @@ class HitDensity:
 
     def _gain_child(self, above: int) -> None:
         self._children[above] += 1
-        if self._queues.queue[above]:
-            self._queues.unlink(above)
+        queues = self._queues
+        if queues.queue[above]:
+            queues.unlink(above)
         flags = self._flags[above]
         if flags & (_RESIDENT | _HAD_CHILD) == _RESIDENT:
             self._flags[above] = flags | _HAD_CHILD

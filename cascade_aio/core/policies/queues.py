@@ -2,11 +2,13 @@
 
 Every queue is a doubly linked list through columns shared by all; a node is in one queue or in none.
 As time passes nodes move to the queue of the next age (each at most ``AGES`` times in a life, so O(1)
-amortised). The queues that are not empty are bits of one integer in the order of eviction: the next
-victim is its lowest bit, whatever the number of nodes.
+amortised). The queues that may have nodes are bits of one integer in the order of eviction: the next
+victim is in that of the lowest bit, whatever the number of nodes.
 
 Invariants: a queue is ordered by last use, oldest first, up to nodes put at its front because their
-last child left; bit r of ``_waiting`` is set exactly if the queue of rank r has a node.
+last child left; bit r of ``_waiting`` is set if the queue of rank r has a node (and until a search finds
+it empty: queues empty and fill again much more often than they are searched); no queue of a lower rank
+than ``_least`` has a node.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class AgedQueues:
     """Slots (1, 2, …; 0 is none) by class and age. ``ensure`` before a new slot is used."""
 
     def __init__(self) -> None:
-        self.tick = array("Q", bytes(8))
+        self.tick = array("q", bytes(8))
         """Last use of every slot, in events; set by the owner before a slot is queued."""
         self._prev = array("I", bytes(4))
         self._next = array("I", bytes(4))
@@ -46,6 +48,9 @@ class AgedQueues:
         self._order = LEAST_RECENT
         self._rank_of = self._order.rank_of
         self._waiting = 0
+        self._least = _QUEUES
+        self._least_queue = 0
+        """The queue of that rank, if there is one: mostly the next victim is where the last one was."""
 
     def ensure(self, slots: int) -> None:
         """Make room for slots below ``slots``."""
@@ -60,6 +65,7 @@ class AgedQueues:
         self._rank_of = order.rank_of
         filled = np.asarray(self._heads)[order.queues] != 0
         self._waiting = int.from_bytes(np.packbits(filled, bitorder="little").tobytes(), "little")
+        self._search()
 
     def append(self, slot: int, kind: int) -> None:
         """Queue a slot that was used just now."""
@@ -77,7 +83,7 @@ class AgedQueues:
             self._prev[head] = slot
         else:
             self._tails[number] = slot
-            self._waiting |= 1 << self._rank_of[number]
+            self._has_node(number)
 
     def unlink(self, slot: int) -> None:
         """Take ``slot`` out of the queue that it is in. O(1)."""
@@ -92,32 +98,39 @@ class AgedQueues:
             self._prev[after] = before
         else:
             self._tails[number] = before
-            if not before:
-                self._waiting &= ~(1 << self._rank_of[number])
 
     def first(self) -> int:
         """The slot to evict next, 0 if none is queued."""
-        waiting = self._waiting
-        if not waiting:
-            return 0
-        return self._heads[self._order.queue_at[(waiting & -waiting).bit_length() - 1]]
+        return self._heads[self._least_queue] or self._search()
+
+    def take_first(self) -> int:
+        """Take the slot to evict next (there is one) out of its queue."""
+        slot = self.first()
+        number = self._least_queue
+        after = self._heads[number] = self._next[slot]
+        self.queue[slot] = 0
+        if after:
+            self._prev[after] = 0
+        else:
+            self._tails[number] = 0
+        return slot
 
     def is_above_first(self, kind: int) -> bool:
         """Whether a node of class ``kind``, used now, would be in a denser queue than the next to go."""
-        waiting = self._waiting
-        return not waiting or self._rank_of[kind * AGES] > (waiting & -waiting).bit_length() - 1
+        return not self.first() or self._rank_of[kind * AGES] > self._least
 
     def advance(self, now: int) -> None:
         """Move nodes that have grown older to the queues of their age, at most ``MOVES_MAX``."""
         heads = np.asarray(self._heads)
-        due = (heads != 0) & (np.asarray(self.tick)[heads] + self._leave_age <= now)
-        moves = MOVES_MAX
-        for number in np.flatnonzero(due)[::-1].tolist():
+        filled = np.flatnonzero(heads)
+        due = filled[np.asarray(self.tick)[heads[filled]] + self._leave_age[filled] <= now]
+        tick, edges, moves = self.tick, self._edges, MOVES_MAX
+        for number in due[::-1].tolist():
+            kind_at, leave_age = number - number % AGES, edges[number % AGES + 1]
             slot = self._heads[number]
-            while slot and moves and now - self.tick[slot] >= self._edges[number % AGES + 1]:
+            while slot and moves and now - tick[slot] >= leave_age:
                 self.unlink(slot)
-                age = bisect_right(self._edges, now - self.tick[slot]) - 1
-                self._append(slot, number - number % AGES + age)
+                self._append(slot, kind_at + bisect_right(edges, now - tick[slot]) - 1)
                 moves -= 1
                 slot = self._heads[number]
 
@@ -131,4 +144,25 @@ class AgedQueues:
             self._next[tail] = slot
         else:
             self._heads[number] = slot
-            self._waiting |= 1 << self._rank_of[number]
+            self._has_node(number)
+
+    def _has_node(self, number: int) -> None:
+        """A queue was empty and is not any more."""
+        rank = self._rank_of[number]
+        self._waiting |= 1 << rank
+        if rank < self._least:
+            self._least = rank
+            self._least_queue = number
+
+    def _search(self) -> int:
+        """Find the first queue that has a node; its first slot, 0 if all are empty."""
+        waiting, queue_at, heads = self._waiting, self._order.queue_at, self._heads
+        while waiting:
+            rank = (waiting & -waiting).bit_length() - 1
+            number = queue_at[rank]
+            if heads[number]:
+                self._waiting, self._least, self._least_queue = waiting, rank, number
+                return heads[number]
+            waiting ^= 1 << rank
+        self._waiting, self._least = 0, _QUEUES
+        return 0

@@ -54,15 +54,17 @@ class ReuseSample:
 
     def use(self, hashed: int, kind: int, now: int) -> None:
         """A block of the sample was used at event ``now`` and is of class ``kind`` from now on."""
-        life = self._open.pop(hashed, None)
+        lives = self._open
+        life = lives.pop(hashed, None)
         if life is not None:
             began, before = divmod(life, LEARNT)
             self._ended.append(before * AGES + bisect_right(self._edges, now - began) - 1)
-        self._open[hashed] = now * LEARNT + kind
-        if len(self._open) > self._lives_max and not self._leaving:
+        lives[hashed] = now * LEARNT + kind
+        if len(lives) > self._lives_max and not self._leaving:
             self._halve(now)
-        for _ in range(min(LEAVING_PER_USE, len(self._leaving))):
-            self._open.pop(self._leaving.pop(), None)
+        if self._leaving:
+            for _ in range(min(LEAVING_PER_USE, len(self._leaving))):
+                lives.pop(self._leaving.pop(), None)
 
     def reclassify(self, hashed: int, kind: int) -> None:
         """The running life of a block of the sample turned out to be of class ``kind``."""
