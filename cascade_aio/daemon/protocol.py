@@ -30,6 +30,8 @@ NAMES_MAX = 1 << 16
 """Names in one message; as many as ``store.prefetch`` takes."""
 GRANTS_MAX = 1 << 11
 """Blocks that one ``GetPrefix`` of our client asks for: their grants, with the longest metadata, fit a frame."""
+LOOKUPS_MAX = 1 << 11
+"""Names that one ``Lookup`` of our client asks for: a millisecond of the service's event loop."""
 RELEASES_MAX = 1 << 16
 """Leases that one message gives back."""
 LISTED_MAX = 1 << 12

@@ -137,10 +137,10 @@ class ClientGetter:
         return ClientLookup((Tier.SHM,) * link.view.lookup(names), self, names)
 
     async def ask_lookup(self, names: Sequence[bytes]) -> PrefixLookup:
-        """How many leading keys the service has. In parts, where one message does not hold the names."""
+        """How many leading keys the service has. In parts: other clients are answered between them."""
         tiers: list[int] = []
-        for start in range(0, len(names), p.NAMES_MAX):
-            part = list(names[start : start + p.NAMES_MAX])
+        for start in range(0, len(names), p.LOOKUPS_MAX):
+            part = list(names[start : start + p.LOOKUPS_MAX])
             _, reply = await self._connector.ask(lambda part=part: p.Lookup(0, part), p.Answer, repeat=True)  # type: ignore[misc]
             tiers += bytes(reply.value)
             if len(reply.value) < len(part):
