@@ -219,6 +219,7 @@ class _Run:
         assert store is not None
         self._world.counts["opened"] += 1
         made_durable = counts and process.write_faults == process.write_faults_before_opening
+        made_durable &= not self._judge.knows_less(process)  # what it has no room for is there, and may be seen later
         if made_durable and self._plan.single and len(self._oracle.lives) > 1:
             present = {block for block in self._oracle.puts if content(block).block_id in store}
             self._judge.look_at_all(process, life, store)
