@@ -15,7 +15,7 @@ from copy import copy as copied
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cascade_aio.abc.storage import PAGE_BYTES, Platform
-from cascade_aio.config import StoreConfig
+from cascade_aio.config import StoreConfig, format_size
 from cascade_aio.core.lifecycle import CopyEvent, CopyState, advance
 from cascade_aio.errors import CascadeError, ClosedError, ConfigError, CorruptionError, InternalError, TierStalledError
 from cascade_aio.segments.facts import BlockFact, Location
@@ -348,7 +348,7 @@ class StoreContext:
             if entry.path == error.path:
                 entry.damaged = True
         self.damage.append(copied(error))  # not the one that is raised: its traceback would pin what readers hold
-        damage_logger.warning("damaged record: %s", error)
+        damage_logger.warning("%s: %s", "not readable now" if error.unreadable else "damaged record", error)
 
     def explain_arena(self) -> str:
         """Who holds the arena, for the message of a ``TierFullError``, and what to do about it."""
@@ -356,7 +356,11 @@ class StoreContext:
         if self.disk.watch.stalled:
             cure = f"the storage of {self.config.root} does not answer: check the device or the file system's servers"
         elif self.disk.writer.full:
-            cure = f"the file system of {self.config.root} is full: free space there, or set disk_bytes below its size"
+            segment = format_size(self.config.segment_bytes)
+            cure = (
+                f"the file system of {self.config.root} is full: free space there (a new segment takes {segment} at "
+                "once: segment_bytes), or set disk_bytes below its size"
+            )
         elif self.disk.writer.broken:
             cure = f"the disk of {self.config.root} takes no writes: check it and open the store again"
         return (
