@@ -17,7 +17,7 @@ import asyncio
 import collections
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import async_solipsism
@@ -49,6 +49,17 @@ def virtual_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Tell ``story`` in virtual time."""
+    loop = virtual_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(story())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
 def pseudo_bytes(seed: str, nbytes: int) -> bytes:
     """Bytes that only depend on ``seed``."""
     return hashlib.shake_128(seed.encode()).digest(nbytes)
@@ -75,6 +86,14 @@ class World:
         self.storages.append(storage)
         platform = Platform(storage, MemoryEngine(), self.clock)
         return await open_with(config, platform=platform, arena=PrivateArena(config.shm_bytes))
+
+    async def kill(self) -> None:
+        """All processes end where they are; the kernel and its page cache live."""
+        self.disk = self.disk.kill()
+        for storage in self.storages:
+            storage.freeze_at = 0
+        await cancel_others()
+        self.storages.clear()
 
     async def crash(self, seed: int | None = None) -> None:
         """Loss of power: every process ends where it is, ``disk`` is what the seed leaves of it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -16,26 +15,7 @@ from cascade_aio.model import compute_block_id, prefix_keys
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import Operation
 from cascade_aio.testing.simulation.oracle import Life, Oracle
-from cascade_aio.testing.world import World, cancel_others, fail_with, pseudo_bytes, virtual_loop
-
-
-def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    loop = virtual_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_until_complete(story())
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-async def kill(world: World) -> None:
-    """The processes end where they are; the kernel and its page cache live."""
-    world.disk = world.disk.kill()
-    for storage in world.storages:
-        storage.freeze_at = 0
-    await cancel_others()
-    world.storages.clear()
+from cascade_aio.testing.world import World, fail_with, pseudo_bytes, run
 
 
 def test_what_an_adopter_found_after_a_failed_sync_survives_the_next_loss_of_power() -> None:
@@ -51,7 +31,7 @@ def test_what_an_adopter_found_after_a_failed_sync_survives_the_next_loss_of_pow
         await asyncio.sleep(1.1)  # written and synced in vain; killed before that is done elsewhere
         paths = [path for path, inode in world.disk.files.items() if inode.lost]
         assert paths
-        await kill(world)
+        await world.kill()
         store = await world.open()
         assert block_id in store
         assert await store.put(b"key", pseudo_bytes("value", 60_000)) == block_id
@@ -113,7 +93,7 @@ def test_names_of_blocks_in_a_segment_that_could_not_be_read_survive_a_checkpoin
         await store.flush()
         await store.put(b"more", b"")  # its header says that the first is on stable storage
         await store.flush()
-        await kill(world)
+        await world.kill()
 
         class Failing(list[Any]):
             """Reads of payloads and trailers fail in the first storage that is added."""
@@ -146,7 +126,7 @@ def test_names_of_blocks_in_a_segment_that_could_not_be_sealed_survive_a_checkpo
         store = await world.open()
         block_id = await store.put(b"key", pseudo_bytes("value", 60_000))
         await store.flush()
-        await kill(world)
+        await world.kill()
 
         class Failing(list[Any]):
             """The storage that is added cannot cut a segment to its size, the first step of sealing it."""
@@ -190,7 +170,7 @@ def test_an_own_segment_that_an_opening_could_not_read_is_read_by_the_next_and_b
         began = oracle.now()
         await store.flush()
         oracle.flushed(life, began)
-        await kill(world)
+        await world.kill()
         oracle.died(life)
 
         class Failing(list[Any]):
@@ -303,7 +283,7 @@ def test_a_deletion_does_not_take_what_was_put_after_it_along_in_whatever_order_
             await store.refresh()
         await store.delete(block_id)
         await store.flush()
-        await kill(world)
+        await world.kill()
         store = await world.open()
         assert block_id not in store
         assert name not in store
@@ -355,7 +335,7 @@ def test_what_a_crash_cut_short_is_no_damage_to_an_opening_that_could_not_verify
         assert location is not None
         path = store._context.disk.table[location[0]].path
         payload = (location[1] + location[2]) * PAGE_BYTES
-        await kill(world)
+        await world.kill()
         world.disk.poke(path, payload, bytes(PAGE_BYTES))
 
         class Failing(list[Any]):

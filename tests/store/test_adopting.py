@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import posixpath
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -19,21 +18,11 @@ from cascade_aio.testing.world import (
     check_idle,
     check_invariants,
     pseudo_bytes,
-    virtual_loop,
+    run,
 )
 
 NBYTES = 60_000
 MIB = 1 << 20
-
-
-def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    loop = virtual_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_until_complete(story())
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
 
 
 def directory_of(store: Store) -> str:

@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,20 +15,10 @@ import pytest
 import cascade_aio as ca
 from cascade_aio.abc.storage import Priority
 from cascade_aio.store.store import Store
-from cascade_aio.testing.world import World, check_invariants, pseudo_bytes, virtual_loop
+from cascade_aio.testing.world import World, check_invariants, pseudo_bytes, run
 
 MIB = 1 << 20
 BLOCK_BYTES = 60_000
-
-
-def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    loop = virtual_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_until_complete(story())
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
 
 
 async def put(store: Store, name: str, nbytes: int = BLOCK_BYTES, **options: Any) -> ca.BlockId:

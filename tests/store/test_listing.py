@@ -11,8 +11,7 @@ import pytest
 from cascade_aio.model import BlockId, prefix_keys
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import MemoryStorage, Operation
-from cascade_aio.testing.world import World, check_invariants, pseudo_bytes
-from tests.store.test_adopting import run
+from cascade_aio.testing.world import World, check_invariants, pseudo_bytes, run
 
 (NAME,) = prefix_keys([7], block_tokens=1)
 

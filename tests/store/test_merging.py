@@ -15,8 +15,7 @@ from cascade_aio.store.catalog import Catalog
 from cascade_aio.store.merging import PROVISIONAL
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import MemoryStorage
-from cascade_aio.testing.world import World, check_invariants, pseudo_bytes
-from tests.store.test_adopting import run
+from cascade_aio.testing.world import World, check_invariants, pseudo_bytes, run
 
 DIGEST = hashlib.sha256(b"a block").digest()
 BLOCK_ID = DIGEST[:16]

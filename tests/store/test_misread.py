@@ -12,8 +12,7 @@ from cascade_aio.abc.storage import PAGE_BYTES, File
 from cascade_aio.store.repairing import repair_root
 from cascade_aio.testing.clock import ManualClock
 from cascade_aio.testing.memory import MemoryStorage, Operation, memory_platform
-from cascade_aio.testing.world import ROOT, World, cancel_others, pseudo_bytes
-from tests.store.test_adopting import run
+from cascade_aio.testing.world import ROOT, World, cancel_others, pseudo_bytes, run
 
 
 class Errs:

@@ -16,8 +16,7 @@ from cascade_aio.store import naming
 from cascade_aio.store.naming import Name, NameKeeper
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import MemoryStorage
-from cascade_aio.testing.world import World, cancel_others, check_invariants, pseudo_bytes
-from tests.store.test_adopting import run
+from cascade_aio.testing.world import World, cancel_others, check_invariants, pseudo_bytes, run
 from tests.store.test_merging import segment_of
 
 NAME, OTHER = prefix_keys([1, 2], block_tokens=1)

@@ -11,9 +11,9 @@ import pytest
 
 import cascade_aio as ca
 from cascade_aio.testing.memory import Operation
-from cascade_aio.testing.world import World, cancel_others
+from cascade_aio.testing.world import World, cancel_others, run
 from tests.store.conftest import OpenStore, block_bytes
-from tests.store.test_adopting import expect, kill, put, run
+from tests.store.test_adopting import expect, kill, put
 
 CHANGES = {
     "create",

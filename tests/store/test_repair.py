@@ -14,8 +14,8 @@ from cascade_aio.abc.storage import PAGE_BYTES, Platform
 from cascade_aio.config import make_config
 from cascade_aio.store.repairing import RepairReport, repair_root
 from cascade_aio.testing.memory import MemoryEngine, MemoryStorage
-from cascade_aio.testing.world import ROOT, World, cancel_others, pseudo_bytes
-from tests.store.test_adopting import NBYTES, directory_of, kill, put, run
+from cascade_aio.testing.world import ROOT, World, cancel_others, pseudo_bytes, run
+from tests.store.test_adopting import NBYTES, directory_of, kill, put
 from tests.store.test_verify import look, zero
 
 NAMES = ca.prefix_keys(range(16), block_tokens=4, namespace="repair")

@@ -14,29 +14,10 @@ import cascade_aio.testing.world as world_module
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import MemoryStorage, Operation
-from cascade_aio.testing.world import World, cancel_others, pseudo_bytes, virtual_loop
+from cascade_aio.testing.world import World, pseudo_bytes, run
 
 Fault = Callable[[Operation], OSError | None]
 NBYTES = 60_000
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    loop = virtual_loop()
-    try:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(test)
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-async def kill(world: World) -> None:
-    """The processes end where they are; the kernel and its page cache live."""
-    world.disk = world.disk.kill()
-    for storage in world.storages:
-        storage.freeze_at = 0
-    await cancel_others()
-    world.storages.clear()
 
 
 async def put(store: Store, numbers: range) -> list[Any]:
@@ -77,7 +58,7 @@ def test_a_store_that_could_not_read_its_segments_at_opening_has_them_when_it_ca
     async def scenario() -> None:
         world = World()
         ids = await put(await world.open(), range(count))
-        await kill(world)
+        await world.kill()
         before = segments(world)
         faults.append(unreadable)
         store = await world.open()
@@ -88,7 +69,7 @@ def test_a_store_that_could_not_read_its_segments_at_opening_has_them_when_it_ca
         if clean:
             await store.aclose()
         else:
-            await kill(world)
+            await world.kill()
         faults.clear()
         store = await world.open()
         assert not store.statistics()["damage"]
@@ -98,14 +79,14 @@ def test_a_store_that_could_not_read_its_segments_at_opening_has_them_when_it_ca
         await store.aclose()
         world.check_closed()
 
-    run(scenario())
+    run(scenario)
 
 
 def test_a_session_on_unreadable_segments_adds_to_them_and_takes_none_for_its_budget(faults: list[Fault]) -> None:
     async def scenario() -> None:
         world = World(disk_bytes=32 << 20)
         ids = await put(await world.open(), range(40))
-        await kill(world)
+        await world.kill()
         before = segments(world)
         fault = lambda operation: None if operation.path not in before else unreadable(operation)  # noqa: E731
         faults.append(fault)
@@ -121,7 +102,7 @@ def test_a_session_on_unreadable_segments_adds_to_them_and_takes_none_for_its_bu
         assert more[-1] in store
         await store.aclose()
 
-    run(scenario())
+    run(scenario)
 
 
 def test_a_reader_sees_what_a_killed_and_restarted_writer_adds_under_new_numbers() -> None:
@@ -129,7 +110,7 @@ def test_a_reader_sees_what_a_killed_and_restarted_writer_adds_under_new_numbers
         world = World()
         writer = await world.open()
         await put(writer, range(3))
-        await kill(world)
+        await world.kill()
         names = set(segments(world))
         for path in names:
             del world.disk.files[path]  # the whole segment was removed, as compaction does
@@ -138,7 +119,7 @@ def test_a_reader_sees_what_a_killed_and_restarted_writer_adds_under_new_numbers
         assert not names & set(segments(world))
         await store.aclose()
 
-    run(scenario())
+    run(scenario)
 
 
 def test_a_record_that_is_written_while_an_opening_reads_behind_it_is_no_damage(faults: list[Fault]) -> None:
@@ -180,7 +161,7 @@ def test_a_record_that_is_written_while_an_opening_reads_behind_it_is_no_damage(
         await reader.aclose()
         await writer.aclose()
 
-    run(scenario())
+    run(scenario)
 
 
 def test_a_refresh_goes_on_behind_a_hole_where_an_opening_has_found_records() -> None:
@@ -204,4 +185,4 @@ def test_a_refresh_goes_on_behind_a_hole_where_an_opening_has_found_records() ->
         await reader.aclose()
         await writer.aclose()
 
-    run(scenario())
+    run(scenario)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -16,29 +15,10 @@ from cascade_aio.errors import BrokenTierError, TierFullError
 from cascade_aio.segments.facts import BindingFact, TombstoneFact
 from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.store import Store
-from cascade_aio.testing.world import World, cancel_others, check_invariants, pseudo_bytes, virtual_loop
+from cascade_aio.testing.world import World, check_invariants, pseudo_bytes, run
 
 MIB = 1 << 20
 BUDGET_BYTES = 8 * MIB
-
-
-def run(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    loop = virtual_loop()
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_until_complete(story())
-    finally:
-        asyncio.set_event_loop(None)
-        loop.close()
-
-
-async def kill(world: World) -> None:
-    """Every process ends where it is; the disk keeps what was written."""
-    world.disk = world.disk.kill()
-    for storage in world.storages:
-        storage.freeze_at = 0
-    await cancel_others()
-    world.storages.clear()
 
 
 async def put(store: Store, name: str, nbytes: int = 60_000, **options: Any) -> ca.BlockId:
@@ -98,7 +78,7 @@ def test_a_copied_block_survives_a_disk_that_fails(monkeypatch: pytest.MonkeyPat
         assert armed
         check_invariants(store)
         lease.release()
-        await kill(world)
+        await world.kill()
         store = await world.open()
         assert hot in store
         async with store.get(hot) as found:
@@ -150,7 +130,7 @@ def test_a_lower_budget_on_a_full_disk_is_reached() -> None:
         assert disk(store)["writer"]["notes"] <= 2 * len(deleted)
         await put(store, "after")
         await store.flush()
-        await kill(world)
+        await world.kill()
         store = await world.open(disk_bytes=BUDGET_BYTES)
         assert not [block_id for block_id in deleted if block_id in store]
         await store.aclose()
@@ -214,7 +194,7 @@ def test_tombstones_of_one_block_are_merged_and_dropped() -> None:
         assert len(store._context.merger.facts.tombstones()) == 0
         again = ca.compute_block_id(b"again", pseudo_bytes("again", 60_000))
         assert again not in store
-        await kill(world)
+        await world.kill()
         store = await world.open()
         assert again not in store
         await store.aclose()
@@ -252,7 +232,7 @@ def test_a_rewritten_block_keeps_the_stamp_of_each_name() -> None:
         assert {key: set(found) for key, found in after.items()} == {key: set(found) for key, found in before.items()}
         assert max(len(found) for found in after.values()) <= 2  # names do not multiply
         lease.release()
-        await kill(world)
+        await world.kill()
         store = await world.open()
         assert keys[0] in store
         assert keys[1] in store

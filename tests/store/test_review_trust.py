@@ -18,8 +18,8 @@ from cascade_aio.store.space import SpaceKeeper
 from cascade_aio.store.verifying import Verifier
 from cascade_aio.testing import world as worlds
 from cascade_aio.testing.memory import MemoryDisk, MemoryEngine, MemoryStorage, Operation
-from cascade_aio.testing.world import ROOT, World, cancel_others, check_invariants, fail_with, pseudo_bytes
-from tests.store.test_adopting import NBYTES, expect, kill, put, run
+from cascade_aio.testing.world import ROOT, World, cancel_others, check_invariants, fail_with, pseudo_bytes, run
+from tests.store.test_adopting import NBYTES, expect, kill, put
 
 LONG_S = 30.0
 """Many looks of the space keeper."""

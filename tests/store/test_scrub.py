@@ -10,8 +10,8 @@ from typing import Any
 from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import Operation
-from cascade_aio.testing.world import World, pseudo_bytes
-from tests.store.test_adopting import NBYTES, disk, put, run
+from cascade_aio.testing.world import World, pseudo_bytes, run
+from tests.store.test_adopting import NBYTES, disk, put
 
 BANDWIDTH = 1 << 20
 RECORD_BYTES = (NBYTES // PAGE_BYTES + 2) * PAGE_BYTES

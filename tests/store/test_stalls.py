@@ -10,8 +10,8 @@ import pytest
 import cascade_aio as ca
 from cascade_aio.store.store import Store
 from cascade_aio.testing.memory import MemoryStorage, Operation
-from cascade_aio.testing.world import World, cancel_others, check_idle, check_invariants, pseudo_bytes
-from tests.store.test_adopting import NBYTES, disk, expect, put, run
+from cascade_aio.testing.world import World, cancel_others, check_idle, check_invariants, pseudo_bytes, run
+from tests.store.test_adopting import NBYTES, disk, expect, put
 
 NAMES = ca.prefix_keys(range(64), block_tokens=4, namespace="stalls")
 

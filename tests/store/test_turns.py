@@ -12,8 +12,7 @@ from cascade_aio.segments.facts import BlockFact, Fact, Location, VanishedFact
 from cascade_aio.store.recovering import STEPS_PER_TURN, take_in
 from cascade_aio.store.store import Store
 from cascade_aio.store.verifying import Examination, Verifier
-from cascade_aio.testing.world import World
-from tests.store.test_adopting import run
+from cascade_aio.testing.world import World, run
 from tests.store.test_merging import segment_of
 
 BLOCKS = 2000

@@ -14,8 +14,8 @@ from cascade_aio.abc.storage import PAGE_BYTES
 from cascade_aio.store.store import Store
 from cascade_aio.store.verifying import VerifyReport
 from cascade_aio.testing.memory import MemoryDisk, Operation
-from cascade_aio.testing.world import World, cancel_others, pseudo_bytes
-from tests.store.test_adopting import NBYTES, directory_of, kill, put, run
+from cascade_aio.testing.world import World, cancel_others, pseudo_bytes, run
+from tests.store.test_adopting import NBYTES, directory_of, kill, put
 
 
 async def filled(world: World) -> tuple[str, list[str], list[ca.BlockId]]:
