@@ -232,7 +232,7 @@ def newest(folder: pathlib.Path, pattern: str = RESULT_GLOB) -> pathlib.Path:
     """The result file started last. Raises ``BenchError`` if there is none."""
     files = sorted(folder.glob(pattern), key=lambda path: load(path).started)
     if not files:
-        raise BenchError(f"no {pattern} in {folder.name}/: nothing of that kind was measured yet")
+        raise BenchError(f"no {pattern} in {folder.name}/: nothing of that kind was measured yet: python -m bench run")
     return files[-1]
 
 
