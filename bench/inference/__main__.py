@@ -97,10 +97,11 @@ def _versions(python: str | None) -> dict[str, str]:
 
 
 def _table(*, check: bool) -> int:
-    if not list(FOLDER.glob(GLOB)):
+    found = [load(path) for path in FOLDER.glob(GLOB)]
+    if not found:
         raise results.BenchError(f"there is no {GLOB} in {FOLDER.name}/: `make ttft` writes one")
     text = README.read_text(encoding="utf-8")
-    wanted = replace(text, load(results.newest(FOLDER, GLOB)))
+    wanted = replace(text, max(found, key=lambda result: result.made))
     if check and wanted != text:
         raise results.BenchError(
             "README.md is not in step with the newest result: run `python -m bench.inference table`"
