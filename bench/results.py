@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -228,9 +228,15 @@ def put_row(result: ResultFile, row: Row | NotRun) -> None:
         result.not_run.append(row)
 
 
-def newest(folder: pathlib.Path, pattern: str = RESULT_GLOB) -> pathlib.Path:
-    """The result file started last. Raises ``BenchError`` if there is none."""
-    files = sorted(folder.glob(pattern), key=lambda path: load(path).started)
+def _started(path: pathlib.Path) -> str:
+    return load(path).started
+
+
+def newest(
+    folder: pathlib.Path, pattern: str = RESULT_GLOB, when: Callable[[pathlib.Path], str] = _started
+) -> pathlib.Path:
+    """The result file started last; ``when`` tells of files of another kind. Raises ``BenchError`` if there is none."""
+    files = sorted(folder.glob(pattern), key=when)
     if not files:
         raise BenchError(f"no {pattern} in {folder.name}/: nothing of that kind was measured yet: python -m bench run")
     return files[-1]

@@ -97,11 +97,10 @@ def _versions(python: str | None) -> dict[str, str]:
 
 
 def _table(*, check: bool) -> int:
-    found = [load(path) for path in FOLDER.glob(GLOB)]
-    if not found:
+    if not list(FOLDER.glob(GLOB)):
         raise results.BenchError(f"there is no {GLOB} in {FOLDER.name}/: `make ttft` writes one")
     text = README.read_text(encoding="utf-8")
-    wanted = replace(text, max(found, key=lambda result: result.made))
+    wanted = replace(text, load(results.newest(FOLDER, GLOB, lambda path: load(path).made)))
     if check and wanted != text:
         raise results.BenchError(
             "README.md is not in step with the newest result: run `python -m bench.inference table`"

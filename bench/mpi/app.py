@@ -69,7 +69,9 @@ def measured_page(
 ) -> None:
     """Write docs/remote-measured.md from a result of `run`."""
     try:
-        chosen = result or newest(REPOSITORY / "bench" / "results", "remote-20*.json")
+        chosen = result or newest(
+            REPOSITORY / "bench" / "results", "remote-20*.json", lambda path: running.load(path).timestamp
+        )
         measured.update(page, running.load(chosen), chosen.name, check=check)
     except BenchError as error:
         _fail(Console(stderr=True), error)
