@@ -53,7 +53,10 @@ def how(result: SuiteFile) -> str:
 
 
 def claim_lines(found: Sequence[Verdict]) -> list[str]:
-    """The claims as a table, in their order: block sizes across, in each cell the ratio and who was the best."""
+    """The claims as a table, in their order: block sizes across, in each cell the ratio and who was the best. Nothing
+    where no claim concerns what was measured."""
+    if not found:
+        return []
     sizes = sorted({verdict.block_bytes for verdict in found})
     lines = [
         "| cascade's | against | target | " + " | ".join(size_text(size) for size in sizes) + " |",
@@ -80,16 +83,29 @@ def _claim_cell(verdict: Verdict) -> str:
 
 
 def table_lines(table: Table, *, brief: bool = False) -> list[str]:
-    """A table; ``brief``: medians only."""
+    """A table; ``brief``: medians only, and what was not run in one line below."""
     with_medium = table.column.medium == "memory"
     head = ["system", *(["memory"] if with_medium else []), *table.heads]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " --- |" * with_medium + " ---: |" * len(table.heads)]
     for line in table.lines:
+        if brief and not line.ran():
+            continue
         front = [line.title, *([line.medium] if with_medium else [])]
         lines.append("| " + " | ".join(_safe(cell) for cell in [*front, *_cells(table, line, brief)]) + " |")
     unit = f"{table.column.unit}, {table.column.better} is better"
     cost = "" if brief else "; behind it CPU seconds per GB and peak MiB"
-    return [*lines, "", f"{_capital(unit)}{cost}; the best system of each column in bold."]
+    absent = _absent(table) if brief else ""
+    return [*lines, "", f"{_capital(unit)}{cost}; the best system of each column in bold.{absent}"]
+
+
+def _absent(table: Table) -> str:
+    """Systems that did not run, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for line in table.lines:
+        if not line.ran():
+            by_reason.setdefault(line.reason(), []).append(line.title)
+    told = "; ".join(f"{', '.join(titles)} ({reason})" for reason, titles in by_reason.items())
+    return f" Not run: {_safe(told)}." if told else ""
 
 
 def _cells(table: Table, line: Line, brief: bool) -> list[str]:
