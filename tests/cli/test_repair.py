@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,11 +95,21 @@ async def test_repair_leaves_a_live_writer_alone(tmp_path: Path) -> None:
         assert not (tmp_path / "root" / "quarantine").exists()
 
 
+def at_work(child: subprocess.Popen[bytes], root: Path) -> bool:
+    """It has a file of ``root`` open, or it has ended: while Python still starts, Ctrl-C ends it as it may."""
+    opened = []
+    with contextlib.suppress(OSError):  # a descriptor that is closed meanwhile, or all of them
+        opened = [os.readlink(link) for link in Path(f"/proc/{child.pid}/fd").iterdir()]
+    return child.poll() is not None or any(path.startswith(str(root)) for path in opened)
+
+
 def test_ctrl_c_ends_a_repair_in_order_and_it_can_be_run_again(tmp_path: Path, cli: Cli) -> None:
     root, _ = stored(tmp_path, cli, 40)
     spoil(root, 400_000)
     child = subprocess.Popen([sys.executable, "-m", "cascade_aio", "repair", str(root)], stderr=subprocess.PIPE)
     try:
+        while not at_work(child, root):
+            time.sleep(0.001)
         child.send_signal(signal.SIGSTOP)  # whatever it is at
         child.send_signal(signal.SIGINT)
         child.send_signal(signal.SIGCONT)
@@ -105,6 +117,6 @@ def test_ctrl_c_ends_a_repair_in_order_and_it_can_be_run_again(tmp_path: Path, c
     finally:
         child.kill()
         child.wait()
-    assert child.returncode in (130, -signal.SIGINT), errors
+    assert child.returncode in (0, 130), errors  # 0: it was quicker than this test
     assert cli("repair", root).code == 0
     assert cli("verify", root).code == 0

@@ -42,8 +42,8 @@ def memory() -> Iterator[Path]:
 @pytest.fixture(scope="module", params=STATES)
 def world(request: pytest.FixtureRequest, memory: Path) -> tuple[str, World]:
     state = str(request.param)
-    (memory / state).mkdir()
-    return state, asyncio.run(make_world(memory / state, state))
+    place = Path(tempfile.mkdtemp(prefix=f"{state}-", dir=memory))  # made anew if the tests come in another order
+    return state, asyncio.run(make_world(place, state))
 
 
 @pytest.fixture
