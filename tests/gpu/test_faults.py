@@ -111,7 +111,14 @@ async def test_no_room_beside_leases(opened: Opener) -> None:
         with pytest.raises(TierFullError, match=r"no room for 580 KiB in the arena of device 0.*1 leases pin"):
             await store.get(ids[1], device=0)
         block.release()
-        await same(store, ids[1], 1)
+
+        async def fits() -> bool:
+            with contextlib.suppress(TierFullError):  # the little that it waits may be too little on a busy machine
+                await same(store, ids[1], 1)
+                return True
+            return False
+
+        await eventually(fits)
         large = await store.put(*block_bytes(9, MIB, MIB))
         with pytest.raises(BlockTooLargeError, match="larger gpu_bytes"):
             await store.get(large, device=0)

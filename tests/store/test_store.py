@@ -293,6 +293,7 @@ async def test_arena_full_of_leases(open_small: OpenStore) -> None:
 
         with pytest.raises(TierFullError, match="leases pin"):
             await fill()
+        await store.flush()  # from now on leases alone hold the arena, however slow the disk is
         waiting = asyncio.ensure_future(store.put(*block_bytes(399, 1 << 20, 0)))
         await asyncio.sleep(0.05)
         for block in leases:
