@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import subprocess
 
-from bench.results import BenchError
+from bench.results import BenchError, CannotRunError
 
 FIO_SECONDS_MAX = 300.0
 
@@ -24,7 +24,7 @@ def fio_gb_per_s(path: pathlib.Path, total_bytes: int, request_bytes: int, depth
     """Rate in GB/s (10**9 bytes) of one sequential pass over ``path`` with io_uring and O_DIRECT.
 
     Writing creates (or overwrites) a preallocated file; reading needs one of ``total_bytes``. Blocks.
-    Raises ``BenchError`` with fio's own words if it fails.
+    Raises ``CannotRunError`` with fio's own words if it ends with an error, as where io_uring is forbidden.
     """
     total_bytes -= total_bytes % request_bytes
     command = [
@@ -43,7 +43,7 @@ def fio_gb_per_s(path: pathlib.Path, total_bytes: int, request_bytes: int, depth
         command += ["--fallocate=posix", "--end_fsync=1", "--refill_buffers=0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=FIO_SECONDS_MAX)
     if done.returncode != 0:
-        raise BenchError(f"fio failed: {(done.stderr or done.stdout).strip()[-400:]}")
+        raise CannotRunError(f"fio failed: {(done.stderr or done.stdout).strip()[-400:]}")
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     if job["error"]:
         raise BenchError(f"fio failed with error {job['error']}")

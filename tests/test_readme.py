@@ -12,6 +12,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 EXAMPLE_SECONDS_MAX = 120
 
 
+@pytest.mark.shm(96)
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_example_runs_in_an_empty_directory(example: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"

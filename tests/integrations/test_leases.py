@@ -147,6 +147,7 @@ def test_an_answer_that_does_not_come_is_a_miss(
     assert leases.lookup(b"a") is True
 
 
+@pytest.mark.shm(192)
 def test_what_a_client_of_a_service_holds_others_find_when_that_was_killed(tmp_path: Path) -> None:
     root = tmp_path / "kv"
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,10 @@ from tests.mpi.conftest import RANKS, Launch
 
 pytestmark = pytest.mark.mpi
 
-SHM_BYTES_MIN = 600 << 20
 
-
+@pytest.mark.shm(600)
 @pytest.mark.parametrize("runtime", ["openmpi"], indirect=True)
 def test_a_quick_run_gathers_all_ranks_into_one_result_file(launch: Launch, tmp_path: Path) -> None:
-    if (free_bytes := shutil.disk_usage("/dev/shm").free) < SHM_BYTES_MIN:
-        pytest.skip(f"the arenas of four ranks take {SHM_BYTES_MIN >> 20} MiB of /dev/shm; {free_bytes >> 20} are free")
     out = tmp_path / "result.json"
     done = launch("tests.mpi.bench_jobs:measure", deadline_s=240.0, scratch=str(tmp_path), out=str(out)).results(RANKS)
     assert done[0][-4:] == ["lookup", "loop lag, origin", "loop lag, target", "skewed"]

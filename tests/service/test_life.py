@@ -58,6 +58,7 @@ def held(service: Service) -> dict[str, int]:
     }
 
 
+@pytest.mark.shm(96)
 @pytest.mark.parametrize("deed", DEEDS)
 async def test_a_killed_client_gives_everything_back(tmp_path: Path, deed: str) -> None:
     async with running(tmp_path / "kv", shm_bytes="64MiB") as service, connect(service.socket_path) as other:

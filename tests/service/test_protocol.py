@@ -204,6 +204,7 @@ async def test_a_client_that_does_not_read_is_not_served_on(tmp_path: Path) -> N
         await eventually(lambda: service.clients == 1)
 
 
+@pytest.mark.shm(96)
 async def test_fuzzing_disturbs_nobody(tmp_path: Path) -> None:
     report = await fuzz(tmp_path / "kv", messages=20_000, seed=7)
     assert report.faults == []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cascade_aio.testing.soak import Soak, memory_growth
 
 
+@pytest.mark.shm(192)
 async def test_a_short_soak_keeps_every_promise(tmp_path: Path) -> None:
     soak = Soak(tmp_path, clients=2, seconds=8.0, service_seconds=3.0, seed=3)
     report = await soak.run()

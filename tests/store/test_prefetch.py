@@ -872,7 +872,7 @@ def test_a_stream_of_first_bytes() -> None:
 
 async def test_on_real_files(open_small: OpenStore) -> None:
     contents = [block_bytes(seed, 2 * MIB + 5, 3 * MIB) for seed in range(8)]
-    async with open_small(shm_bytes="64MiB") as store:
+    async with open_small(shm_bytes="48MiB") as store:
         ids = [await store.put(*content) for content in contents]
     async with open_small(shm_bytes="24MiB") as store:
         assert (await store.prefetch(ids[:2]).wait()).landed == 2

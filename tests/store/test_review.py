@@ -45,8 +45,11 @@ async def test_an_opening_without_threads_leaves_nothing_open(open_small: OpenSt
             await open_small(workers=2)
 
     def threads() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name.startswith("cascade-bytes")]
+        return [
+            thread.name for thread in set(threading.enumerate()) - others if thread.name.startswith("cascade-bytes")
+        ]
 
+    others = set(threading.enumerate())
     await fail()
     await eventually(lambda: not threads())
     before = len(os.listdir("/proc/self/fd"))
