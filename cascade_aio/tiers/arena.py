@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import stat
@@ -330,11 +331,19 @@ def _is_at(fd: int, path: str) -> bool:
 
 def _check_room(path: str, fd: int, nbytes: int) -> None:
     """A clear message before the memory of the whole node is eaten up to find out."""
-    status = os.fstatvfs(fd)
-    free = status.f_bavail * status.f_frsize + os.fstat(fd).st_blocks * 512
-    if status.f_blocks and free < nbytes:
+    free = _room(fd)
+    if free is not None and free < nbytes:
+        gc.collect()  # the arena of a store that was closed here goes when Python has looked at its cycles
+        free = _room(fd)
+    if free is not None and free < nbytes:
         raise TierFullError(
             f"the arena {path} needs {format_size(nbytes)} of shared memory and {format_size(free)} are free; "
             "open the store with smaller shm_bytes, free memory in /dev/shm, or enlarge it "
             "(mount -o remount,size=... /dev/shm)"
         )
+
+
+def _room(fd: int) -> int | None:
+    """Bytes that the file may take in its file system; ``None`` where that does not tell."""
+    status = os.fstatvfs(fd)
+    return status.f_bavail * status.f_frsize + os.fstat(fd).st_blocks * 512 if status.f_blocks else None

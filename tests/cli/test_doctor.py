@@ -124,6 +124,7 @@ def test_what_an_open_would_refuse_is_fatal(
     assert sorted(root.iterdir()) == before
 
 
+@pytest.mark.shm(96)
 def test_the_digest_of_a_root_is_asked_for(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "one").write_bytes(b"x")
     assert cli("put", tmp_path / "one", "--root", tmp_path / "root", "--digest", "blake3").code == 0

@@ -40,10 +40,10 @@ def memory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module", params=STATES)
-def world(request: pytest.FixtureRequest, memory: Path) -> tuple[str, World]:
+def world(request: pytest.FixtureRequest, memory: Path) -> Iterator[tuple[str, World]]:
     state = str(request.param)
-    place = Path(tempfile.mkdtemp(prefix=f"{state}-", dir=memory))  # made anew if the tests come in another order
-    return state, asyncio.run(make_world(place, state))
+    with tempfile.TemporaryDirectory(dir=memory) as place:  # made anew if the tests come in another order
+        yield state, asyncio.run(make_world(Path(place), state))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -85,6 +86,21 @@ async def test_shared_memory_that_fills_up_later_does_not_matter(small_shm: Path
                 assert bytes(found.value) == block.value
         with pytest.raises(ca.TierFullError, match="shm_bytes"):
             await open_at(tmp_path / "other", shm_dir=str(small_shm), shm_bytes="4MiB")
+
+
+async def test_the_memory_of_a_closed_store_is_room_for_the_next(small_shm: Path, tmp_path: Path) -> None:
+    """Python frees its mapping when it looks for cycles; an opening that lacks room lets it look at once."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            async with open_at(tmp_path / "kv", shm_dir=str(small_shm), shm_bytes="5MiB") as store:
+                await put(store, BLOCKS[0])
+                cycle: list[Any] = [store.parts.context.shm.memory]
+                cycle.append(cycle)  # as the traceback of a task that closing has cancelled
+                del cycle
+    finally:
+        gc.enable()
 
 
 async def test_no_such_shm_dir(tmp_path: Path) -> None:
