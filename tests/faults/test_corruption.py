@@ -28,6 +28,8 @@ from tests.faults.harness import (
     walk,
 )
 
+pytestmark = pytest.mark.shm(96)
+
 BITS_PER_PLACE = int(os.environ.get("CASCADE_TEST_FLIPS", "1"))
 """Random bits flipped (one at a time) in each place. More take longer: a root is opened for each."""
 
